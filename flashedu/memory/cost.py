@@ -1,0 +1,229 @@
+"""Closed forms: what each stage reads, writes, holds and multiplies, as formulas.
+
+They are written from the algorithms, not from the counters; the tests hold the two equal, to the
+byte. Units: bytes, and FLOPs of matrix products (2 for each multiply-add). Exponentials, maxima
+and sums are not counted, as in the papers' TFLOP/s.
+
+Letters: w is the bytes of a value in HBM, a the bytes of a value in the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashedu.memory.problem import Problem
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kernel, or one stage, asks of the memories and of the arithmetic units."""
+
+    hbm_read_bytes: int = 0
+    hbm_write_bytes: int = 0
+    hbm_extra_bytes: int = 0  # memory beside inputs and results
+    sram_peak_bytes: int = 0  # of one program
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.hbm_read_bytes + other.hbm_read_bytes,
+            self.hbm_write_bytes + other.hbm_write_bytes,
+            self.hbm_extra_bytes + other.hbm_extra_bytes,
+            max(self.sram_peak_bytes, other.sram_peak_bytes),
+            self.flops + other.flops,
+        )
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes moved between HBM and SRAM, both ways."""
+        return self.hbm_read_bytes + self.hbm_write_bytes
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity: FLOPs for each byte of HBM traffic."""
+        return self.flops / self.hbm_bytes if self.hbm_bytes else 0.0
+
+
+# naive: three kernels, S and P in HBM between them
+
+
+def naive_scores(p: Problem) -> Cost:
+    """S = scale · q kᵀ."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    return Cost(
+        hbm_read_bytes=heads * (p.Nq + p.Nk) * p.D * w,
+        hbm_write_bytes=heads * p.Nq * p.Nk * w,
+        hbm_extra_bytes=heads * p.Nq * p.Nk * w,
+        sram_peak_bytes=(p.Nq + p.Nk) * p.D * w + p.Nq * p.Nk * a,
+        flops=2 * heads * p.Nq * p.Nk * p.D,
+    )
+
+
+def naive_softmax(p: Problem) -> Cost:
+    """P = softmax(S)."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    return Cost(
+        hbm_read_bytes=heads * p.Nq * p.Nk * w,
+        hbm_write_bytes=heads * p.Nq * p.Nk * w,
+        hbm_extra_bytes=heads * p.Nq * p.Nk * w,
+        sram_peak_bytes=p.Nq * p.Nk * (w + a),
+    )
+
+
+def naive_output(p: Problem) -> Cost:
+    """O = P v."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    return Cost(
+        hbm_read_bytes=heads * (p.Nq * p.Nk + p.Nk * p.D) * w,
+        hbm_write_bytes=heads * p.Nq * p.D * w,
+        sram_peak_bytes=(p.Nq * p.Nk + p.Nk * p.D) * w + p.Nq * p.D * a,
+        flops=2 * heads * p.Nq * p.Nk * p.D,
+    )
+
+
+def naive(p: Problem) -> Cost:
+    """Standard attention: Θ(N D + N²) bytes."""
+    return naive_scores(p) + naive_softmax(p) + naive_output(p)
+
+
+# tiled and online: a query tile stays in SRAM while key tiles pass by
+
+
+def tiled(p: Problem) -> Cost:
+    """Three passes over k and one over v, for each query tile."""
+    return _forward(p, k_passes=3, v_passes=1)
+
+
+def online(p: Problem) -> Cost:
+    """One pass over k and v for each query tile; the log-sum-exp is kept for the backward."""
+    lse_bytes = p.B * p.H * p.Nq * p.acc_bytes
+    lse = Cost(hbm_write_bytes=lse_bytes, hbm_extra_bytes=lse_bytes)
+    return _forward(p, k_passes=1, v_passes=1) + lse
+
+
+def _forward(p: Problem, k_passes: int, v_passes: int) -> Cost:
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    rows, keys = _query_tiles(p)
+    block = np.minimum(p.block_k, keys)
+    state = rows * (p.D * w + p.D * a + 2 * a)  # q_i, acc_i, and m_i and l_i
+    passing = 2 * block * p.D * w + rows * block * a  # k_j, v_j, s_ij
+    passes = k_passes + v_passes
+    return Cost(
+        hbm_read_bytes=heads * (p.Nq + passes * int(keys.sum())) * p.D * w,
+        hbm_write_bytes=heads * p.Nq * p.D * w,
+        sram_peak_bytes=int((state + passing).max(initial=0)),
+        flops=2 * heads * passes * int((rows * keys).sum()) * p.D,
+    )
+
+
+# online, backward: a key tile stays in SRAM while query tiles pass by
+
+
+def online_delta(p: Problem) -> Cost:
+    """delta = rowsum(do ∘ o)."""
+    w, a, rows = p.item_bytes, p.acc_bytes, p.B * p.H * p.Nq
+    return Cost(
+        hbm_read_bytes=rows * 2 * p.D * w,
+        hbm_write_bytes=rows * a,
+        hbm_extra_bytes=rows * a,
+        sram_peak_bytes=min(p.block_q, p.Nq) * (2 * p.D * w + a),
+    )
+
+
+def online_gradients(p: Problem) -> Cost:
+    """dk and dv in SRAM, dq summed in HBM; each tile of S is computed again: 5 products."""
+    w, a, heads, kv_heads = p.item_bytes, p.acc_bytes, p.B * p.H, p.B * p.H_kv
+    rows, queries = _key_tiles(p)
+    queries_passed = int(queries.sum())
+    block = np.minimum(p.block_q, queries)
+    state = 2 * rows * p.D * (w + a)  # k_j, v_j, dk_j, dv_j
+    passing = block * (2 * p.D * w + 2 * a + p.D * a)  # q_i, do_i; lse_i, delta_i; dq_i
+    scores = 2 * block * rows * a  # p_ij, ds_ij
+    dq_bytes = heads * p.Nq * p.D * a
+    return Cost(
+        hbm_read_bytes=kv_heads * 2 * p.Nk * p.D * w
+        + heads * queries_passed * (2 * p.D * w + 2 * a + p.D * a),
+        hbm_write_bytes=dq_bytes  # zeros, to begin with
+        + heads * queries_passed * p.D * a
+        + kv_heads * 2 * p.Nk * p.D * w,
+        hbm_extra_bytes=dq_bytes,
+        sram_peak_bytes=int((state + passing + scores).max(initial=0)),
+        flops=2 * 5 * heads * int((rows * queries).sum()) * p.D,
+    )
+
+
+def online_round(p: Problem) -> Cost:
+    """dq, from the float32 it was summed in to the dtype of q."""
+    w, a, values = p.item_bytes, p.acc_bytes, p.B * p.H * p.Nq * p.D
+    return Cost(
+        hbm_read_bytes=values * a,
+        hbm_write_bytes=values * w,
+        sram_peak_bytes=min(p.block_q, p.Nq) * p.D * a,
+    )
+
+
+def online_backward(p: Problem) -> Cost:
+    """The whole backward of `online`."""
+    return online_delta(p) + online_gradients(p) + online_round(p)
+
+
+# which tiles are visited
+
+
+def _query_tiles(p: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """For each query tile: its rows, and the rows of all the key tiles that it visits.
+
+    A causal query i sees the keys up to i + Nk − Nq, and a key tile is loaded whole or not at all.
+    """
+    starts = np.arange(0, p.Nq, p.block_q)
+    stops = np.minimum(starts + p.block_q, p.Nq)
+    seen = np.clip(stops + (p.Nk - p.Nq), 0, p.Nk) if p.causal else np.full_like(starts, p.Nk)
+    keys = np.minimum(-(-seen // p.block_k) * p.block_k, p.Nk)
+    return stops - starts, keys
+
+
+def _key_tiles(p: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """For each key tile: its rows, and the rows of all the query tiles that visit it."""
+    starts = np.arange(0, p.Nk, p.block_k)
+    stops = np.minimum(starts + p.block_k, p.Nk)
+    first_query = np.maximum(0, starts - (p.Nk - p.Nq)) if p.causal else np.zeros_like(starts)
+    queries = np.maximum(0, p.Nq - first_query // p.block_q * p.block_q)
+    return stops - starts, queries
+
+
+KERNELS: dict[str, Callable[[Problem], Cost]] = {
+    "naive scores": naive_scores,
+    "naive softmax": naive_softmax,
+    "naive output": naive_output,
+    "tiled": tiled,
+    "online": online,
+    "online delta": online_delta,
+    "online gradients": online_gradients,
+    "online round": online_round,
+}
+
+FORWARD: dict[str, Callable[[Problem], Cost]] = {"naive": naive, "tiled": tiled, "online": online}
+
+
+def suggest_tiles(kernel: str, p: Problem, capacity_bytes: int | None) -> str:
+    """A sentence: the largest tiles, halving from `p`'s own, with which `kernel` fits."""
+    closed_form = KERNELS[kernel]
+    best: tuple[int, int, int, int] | None = None
+    for block_q in _halvings(p.block_q):
+        for block_k in _halvings(p.block_k):
+            needs = closed_form(p.replace(block_q=block_q, block_k=block_k)).sram_peak_bytes
+            if capacity_bytes is not None and needs <= capacity_bytes:
+                best = max(best or (0, 0, 0, 0), (block_q * block_k, block_q, block_k, needs))
+    if best is not None:
+        _, block_q, block_k, needs = best
+        return f"Try block_q={block_q}, block_k={block_k}, which needs {needs / 1024:,.1f} KiB."
+    if closed_form(p) == closed_form(p.replace(block_q=1, block_k=1)):
+        return "This kernel works on whole matrices: the stage 'tiled' cuts them to fit."
+    return "No tile fits, not even one query with one key: give the SRAM more bytes."
+
+
+def _halvings(block: int) -> list[int]:
+    return [block >> s for s in range(block.bit_length())]

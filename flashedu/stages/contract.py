@@ -1,0 +1,113 @@
+"""The one contract of every stage: what goes in, and one sentence when it does not fit."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any
+
+import numpy as np
+
+from flashedu.memory.problem import Problem
+
+MAX_D = 256
+
+
+def check(
+    stage: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool,
+    scale: float | None,
+    block_q: int = 128,
+    block_k: int = 64,
+) -> tuple[Problem, float]:
+    """Check the arguments of a stage; return their sizes and the scale.
+
+    q is (B, H, Nq, D), k and v are (B, H_kv, Nk, D), all of one framework, dtype and device. Raises
+    TypeError or ValueError with a sentence that names the argument, what came and what would do.
+    """
+    from flashedu.stages import rung
+
+    framework, dtypes = rung(stage).framework, rung(stage).dtypes
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_array(stage, framework, dtypes, name, x)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of q, {dtype_name(q)}, got {dtype_name(x)}"
+            )
+        if getattr(x, "device", None) != getattr(q, "device", None):
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+    B, H, Nq, D = q.shape
+    _, H_kv, Nk, _ = k.shape
+    if not 1 <= D <= MAX_D:
+        raise ValueError(f"q must have a head size D of 1 to {MAX_D}, got D={D}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != B:
+            raise ValueError(f"{name} must have the batch size of q, B={B}, got B={x.shape[0]}")
+        if x.shape[3] != D:
+            raise ValueError(f"{name} must have the head size of q, D={D}, got D={x.shape[3]}")
+    if tuple(v.shape) != tuple(k.shape):
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if H < 1 or H_kv < 1 or H % H_kv:
+        raise ValueError(
+            f"q must have a multiple of the heads of k and v (H_kv={H_kv}), and at least one, "
+            f"got H={H}"
+        )
+
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if isinstance(block, bool) or not isinstance(block, numbers.Integral):
+            raise TypeError(f"{name} must be an integer of 1 or more, got {block!r}")
+        if block < 1:
+            raise ValueError(f"{name} must be an integer of 1 or more, got {block}")
+    if scale is None:
+        scale = 1 / math.sqrt(D)
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number, or None for 1/√D, got {scale!r}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, or None for 1/√D, got {scale}")
+
+    problem = Problem(
+        B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=bool(causal),
+        block_q=int(block_q), block_k=int(block_k),
+    )  # fmt: skip
+    return problem, float(scale)
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype's name without its framework: float16, not torch.float16."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def framework_of(x: Any) -> str | None:
+    """ "numpy", "torch" or None. Does not import torch: without it, nothing is a tensor."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    return "torch" if torch is not None and isinstance(x, torch.Tensor) else None
+
+
+def _check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str, x: Any) -> None:
+    wanted, make = {
+        "numpy": ("a NumPy array", f"np.asarray({name}) makes one"),
+        "torch": ("a torch tensor", f"torch.as_tensor({name}) makes one"),
+    }[framework]
+    if framework_of(x) != framework:
+        kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be {wanted} for stage '{stage}', got {kind}; {make}")
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name} must have 4 dimensions, (B, heads, N, D), got shape {tuple(x.shape)}"
+        )
+    if dtype_name(x) not in dtypes:
+        raise TypeError(
+            f"{name} must have one of the dtypes {', '.join(dtypes)} for stage '{stage}', "
+            f"got {dtype_name(x)}"
+        )

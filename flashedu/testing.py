@@ -1,0 +1,143 @@
+"""How the course decides that an attention is right: inputs that expose, and an error budget.
+
+A result is right if its error against float64 is at most twice that of the plain PyTorch formula
+in the same precision, plus a few roundings of the output. So the tolerance follows the inputs,
+and a kernel is never asked to be better, nor allowed to be worse, than its precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flashedu.stages import reference
+from flashedu.stages.reference import Reference
+
+ROUNDINGS = 4  # of p, l, the sum and the result
+
+
+class Error(NamedTuple):
+    """The largest error of one result, and what it may be."""
+
+    error: float
+    budget: float
+
+    @property
+    def within(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.budget
+
+
+def plain(q: Any, k: Any, v: Any, do: Any = None, *, causal: bool, scale: float) -> Reference:
+    """The formula as a PyTorch user writes it, in the inputs' own dtype; autograd for gradients."""
+    q, k, v = (torch.as_tensor(x).detach().clone().requires_grad_() for x in (q, k, v))
+    group, offset = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    s = scale * q @ k.repeat_interleave(group, 1).mT
+    visible = torch.ones(s.shape[2:], dtype=torch.bool, device=s.device)
+    if causal:
+        visible = visible.tril(offset)
+    s = s.masked_fill(~visible, torch.finfo(s.dtype).min)
+    p = torch.softmax(s, -1) * visible.any(-1, keepdim=True)
+    o = p @ v.repeat_interleave(group, 1)
+    lse = torch.logsumexp(s.masked_fill(~visible, -torch.inf).to(_acc(s.dtype)), -1)
+    if do is None:
+        return Reference(o.detach(), lse.detach())
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), torch.as_tensor(do).detach())
+    return Reference(o.detach(), lse.detach(), dq, dk, dv)
+
+
+def errors(
+    got: Reference,
+    q: Any,
+    k: Any,
+    v: Any,
+    do: Any = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> dict[str, Error]:
+    """For each result in `got` that is not None: its error against float64, and the budget.
+
+    `got` holds NumPy arrays or torch tensors under the names of `Reference`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    exact = reference.attention(q, k, v, do, causal=causal, scale=scale)
+    usual = plain(q, k, v, do, causal=causal, scale=scale)
+    dtype = usual.o.dtype
+    found = {}
+    for name, result in got._asdict().items():
+        if result is None:
+            continue
+        want = getattr(exact, name)
+        eps = torch.finfo(_acc(dtype) if name == "lse" else dtype).eps
+        if name == "lse" and _acc(dtype) != dtype:  # lse is float32 although q is not
+            single = (torch.as_tensor(x).float() for x in (q, k, v))
+            usual_error = _distance(plain(*single, causal=causal, scale=scale).lse, want)
+        else:
+            usual_error = _distance(getattr(usual, name), want)
+        size = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+        floor = ROUNDINGS * eps * max(size, 1.0 if name == "lse" else 0.0)
+        found[name] = Error(_distance(result, want), 2 * usual_error + floor)
+    return found
+
+
+def assert_right(
+    got: Reference, q: Any, k: Any, v: Any, do: Any = None, **options: Any
+) -> None:
+    """Raise AssertionError, with a sentence, unless every result in `got` is within budget."""
+    for name, (error, budget) in errors(got, q, k, v, do, **options).items():
+        assert error <= budget, (
+            f"{name} differs from float64 by {error:.3g}; the budget is {budget:.3g}, twice the "
+            f"error of the plain formula in this precision plus {ROUNDINGS} roundings"
+        )
+
+
+def draw(
+    problem: Any, family: str = "normal", *, framework: str = "numpy", seed: int = 0
+) -> tuple[Any, Any, Any, Any]:
+    """q, k, v and do, the same values for every framework, from a seeded generator.
+
+    Families: "normal"; "peaked", where each softmax puts nearly all its weight on few keys, so
+    that an attention that ignores q and k is far off; "large", whose logits reach some hundreds,
+    so that an exponential without the maximum subtracted overflows; "rising", whose logits grow
+    along the keys, so that the running maximum changes in every tile.
+    """
+    p, rng = problem, np.random.default_rng(seed)
+    q = rng.standard_normal((p.B, p.H, p.Nq, p.D))
+    k = rng.standard_normal((p.B, p.H_kv, p.Nk, p.D))
+    v = rng.standard_normal((p.B, p.H_kv, p.Nk, p.D))
+    do = rng.standard_normal((p.B, p.H, p.Nq, p.D))
+    if family == "peaked":
+        q, k = 3 * q, 3 * k
+    elif family == "large":
+        q, k = 12 * q, 12 * k
+    elif family == "rising":
+        k = np.abs(k) * np.linspace(0.1, 6, p.Nk)[:, None]
+        q = np.abs(q)
+    elif family != "normal":
+        raise ValueError(f"family must be normal, peaked, large or rising, got {family!r}")
+    dtype = "float32" if p.dtype == "bfloat16" else p.dtype
+    arrays = tuple(x.astype(dtype) for x in (q, k, v, do))
+    if framework == "numpy":
+        if p.dtype == "bfloat16":
+            raise ValueError("dtype must be one that NumPy has, got bfloat16; float16 would do")
+        return arrays  # type: ignore[return-value]
+    return tuple(torch.from_numpy(x).to(getattr(torch, p.dtype)) for x in arrays)  # type: ignore[return-value]
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _distance(got: Any, want: torch.Tensor) -> float:
+    """The largest absolute difference; equal infinities differ by 0; NaN where got is NaN."""
+    got = torch.as_tensor(got).detach().double()
+    if got.shape != want.shape:
+        raise AssertionError(f"the shape is {tuple(got.shape)}, not {tuple(want.shape)}")
+    difference = torch.where(got == want, 0.0, (got - want).abs())
+    return difference.max().item() if difference.numel() else 0.0
+
+
+__all__ = ["Error", "assert_right", "draw", "errors", "plain"]
