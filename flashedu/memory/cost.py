@@ -89,6 +89,50 @@ def naive(p: Problem) -> Cost:
     return naive_scores(p) + naive_softmax(p) + naive_output(p)
 
 
+def naive_backward(p: Problem) -> Cost:
+    """The standard backward, with P kept from the forward: 7 N² values, and dp and ds as memory."""
+    kernels = (naive_dv, naive_dp, naive_ds, naive_dq, naive_dk)
+    return sum((kernel(p) for kernel in kernels), Cost())
+
+
+def naive_dv(p: Problem) -> Cost:
+    """dv = pᵀ do."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    reads = p.Nq * p.Nk + p.Nq * p.D
+    return Cost(
+        hbm_read_bytes=heads * reads * w,
+        hbm_write_bytes=p.B * p.H_kv * p.Nk * p.D * w,
+        sram_peak_bytes=reads * w + p.Nk * p.D * a,
+        flops=2 * heads * p.Nq * p.Nk * p.D,
+    )
+
+
+def naive_dp(p: Problem) -> Cost:
+    """dp = do vᵀ: as S = scale · q kᵀ."""
+    return naive_scores(p)
+
+
+def naive_ds(p: Problem) -> Cost:
+    """ds = p ∘ (dp − rowsum(p ∘ dp))."""
+    w, a, square = p.item_bytes, p.acc_bytes, p.Nq * p.Nk
+    return Cost(
+        hbm_read_bytes=p.B * p.H * 2 * square * w,
+        hbm_write_bytes=p.B * p.H * square * w,
+        hbm_extra_bytes=p.B * p.H * square * w,
+        sram_peak_bytes=square * (2 * w + a),
+    )
+
+
+def naive_dq(p: Problem) -> Cost:
+    """dq = scale · ds k: as O = P v."""
+    return naive_output(p)
+
+
+def naive_dk(p: Problem) -> Cost:
+    """dk = scale · dsᵀ q."""
+    return naive_dv(p)
+
+
 # tiled and online: a query tile stays in SRAM while key tiles pass by
 
 
@@ -198,6 +242,11 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
     "naive scores": naive_scores,
     "naive softmax": naive_softmax,
     "naive output": naive_output,
+    "naive dv": naive_dv,
+    "naive dp": naive_dp,
+    "naive ds": naive_ds,
+    "naive dq": naive_dq,
+    "naive dk": naive_dk,
     "tiled": tiled,
     "online": online,
     "online delta": online_delta,
@@ -206,6 +255,11 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
 }
 
 FORWARD: dict[str, Callable[[Problem], Cost]] = {"naive": naive, "tiled": tiled, "online": online}
+
+BACKWARD: dict[str, Callable[[Problem], Cost]] = {
+    "naive": naive_backward,
+    "online": online_backward,
+}
 
 
 def suggest_tiles(kernel: str, p: Problem, capacity_bytes: int | None) -> str:

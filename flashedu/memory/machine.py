@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from flashedu.memory import cost
 from flashedu.memory.cost import Cost
@@ -24,11 +26,15 @@ class Machine:
 
     `sram_bytes`: capacity of the SRAM that one program has; None for no limit.
     `trace`: keep one `Event` for each tile moved or made; False keeps the counters only.
+    `watch`: names of tiles, such as "m_i", whose values are kept in `watched`, one list a name,
+    each time the stage holds them.
     """
 
     counting = True
 
-    def __init__(self, sram_bytes: int | None = None, *, trace: bool = True) -> None:
+    def __init__(
+        self, sram_bytes: int | None = None, *, trace: bool = True, watch: Sequence[str] = ()
+    ) -> None:
         if sram_bytes is not None and sram_bytes < 1:
             raise ValueError(f"sram_bytes must be 1 or more, or None, got {sram_bytes}")
         self.hbm = HBM(self)
@@ -38,8 +44,11 @@ class Machine:
         self.launches: list[str] = []
         self._bytes: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._kernel = ""
+        self.watched: dict[str, list[np.ndarray]] = {name: [] for name in watch}
         if trace:
             self.sram._record = self._record_hold
+        if watch:
+            self.sram._watch = self._watch_hold
 
     # what a stage calls
 
@@ -121,6 +130,10 @@ class Machine:
 
     def _record_hold(self, op: str, name: str, start: int, stop: int) -> None:
         self._append(op, name, start, stop, 0, depth=4)
+
+    def _watch_hold(self, name: str, tile: Any) -> None:
+        if name in self.watched:
+            self.watched[name].append(np.array(tile))
 
     def _append(self, op: str, name: str, start: int, stop: int, n: int, depth: int) -> None:
         assert self.trace is not None

@@ -40,6 +40,7 @@ class SRAM:
         self._scopes: list[list[str]] = []
         self._suggest: Callable[[], str] | None = None
         self._record: Callable[[str, str, int, int], None] | None = None
+        self._watch: Callable[[str, Any], None] | None = None
 
     def tiles(
         self, n: int, block: int, *, start: int = 0, stop: int | None = None
@@ -64,6 +65,8 @@ class SRAM:
             self._place(name, Tile(rows, cols, rows * cols * x.dtype.itemsize))
             if self._record is not None:
                 self._record("hold", name, 0, rows)
+            if self._watch is not None:
+                self._watch(name, x)
 
     def _place(self, name: str, tile: Tile) -> None:
         old = self.live.get(name)

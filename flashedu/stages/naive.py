@@ -3,9 +3,10 @@
     S = scale · q kᵀ        P = softmax(S)        O = P v
 
 A kernel's on-chip memory is lost when it ends, so S and P, N × N each, are written to HBM and
-read back. They are the bill: 4 N² values moved, for 4 N D of inputs and output.
+read back. They are the bill: 4 N² values moved, for 4 N D of inputs and output. The backward keeps
+P from the forward and moves 7 N² values more.
 
-Source: FlashAttention (arXiv 2205.14135), Algorithm 0.
+Source: FlashAttention (arXiv 2205.14135), Algorithm 0, and Algorithm 3 for the backward.
 """
 
 import numpy as np
@@ -27,8 +28,12 @@ def attention(q, k, v, *, causal=False, scale=None, machine=None):
     is too large for float16, in which S is stored.
     """
     problem, scale = check("naive", q, k, v, causal=causal, scale=scale)
+    return forward(q, k, v, problem, scale, machine or UNCOUNTED)[0]
+
+
+def forward(q, k, v, problem, scale, machine):
+    """o (B, H, Nq, D), and P (B, H, Nq, Nk), which a backward would need."""
     B, H, Nq, Nk = problem.B, problem.H, problem.Nq, problem.Nk
-    machine = machine or UNCOUNTED
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
 
     Q = hbm.array("q", q)
@@ -54,7 +59,7 @@ def attention(q, k, v, *, causal=False, scale=None, machine=None):
 
     with machine.kernel("naive softmax", problem):
         s = S.load()
-        if causal:
+        if problem.causal:
             s = np.where(np.tri(Nq, Nk, Nk - Nq, dtype=bool), s, -np.inf)
         m = s.max(axis=-1, keepdims=True, initial=LOWEST)  # (B, H, Nq, 1)
         p = np.exp(s - m)
@@ -68,4 +73,54 @@ def attention(q, k, v, *, causal=False, scale=None, machine=None):
         sram.hold(o_i=o)
         O.store(rows, o)
 
-    return O.data
+    return O.data, P.data
+
+
+def backward(do, q, k, v, p, problem, scale, machine):
+    """dq, dk, dv from do (B, H, Nq, D) and the P that `forward` left in HBM: five kernels.
+
+        dv = pᵀ do    dp = do vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dq = scale · ds k
+        dk = scale · dsᵀ q
+    """
+    B, H, Nq, Nk, D = problem.B, problem.H, problem.Nq, problem.Nk, problem.D
+    hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
+
+    Q, DO, P = hbm.array("q", q), hbm.array("do", do), hbm.array("p", p)
+    K = hbm.array("k", k, shared_by=problem.group)
+    V = hbm.array("v", v, shared_by=problem.group)
+    DP = hbm.scratch("dp", (B, H, Nq, Nk), like=q)
+    DS = hbm.scratch("ds", (B, H, Nq, Nk), like=q)
+    DQ, DK, DV = (hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+    queries, keys = slice(0, Nq), slice(0, Nk)  # all of them
+
+    def sum_over_group(dx):
+        """(B, H, Nk, D) → (B, H_kv, Nk, D): the query heads that share a head add up."""
+        return dx.reshape(B, problem.H_kv, problem.group, Nk, D).sum(axis=2)
+
+    with machine.kernel("naive dv", problem):
+        dv = matmul(P.load().swapaxes(-1, -2), DO.load())
+        sram.hold(dv_j=dv)
+        DV.store(keys, sum_over_group(dv))
+
+    with machine.kernel("naive dp", problem):
+        dp = matmul(DO.load(), V.load().swapaxes(-1, -2))  # (B, H, Nq, Nk)
+        sram.hold(dp_ij=dp)
+        DP.store(queries, dp)
+
+    with machine.kernel("naive ds", problem):
+        p, dp = P.load(), DP.load()
+        ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+        sram.hold(ds_ij=ds)
+        DS.store(queries, ds)
+
+    with machine.kernel("naive dq", problem):
+        dq = scale * matmul(DS.load(), K.load())
+        sram.hold(dq_i=dq)
+        DQ.store(queries, dq)
+
+    with machine.kernel("naive dk", problem):
+        dk = scale * matmul(DS.load().swapaxes(-1, -2), Q.load())
+        sram.hold(dk_j=dk)
+        DK.store(keys, sum_over_group(dk))
+
+    return DQ.data, DK.data, DV.data

@@ -86,6 +86,7 @@ def forward(q, k, v, problem, scale, machine):
                 l_i = alpha * l_i + p_ij.sum(-1, keepdim=True)
                 acc_i = alpha * acc_i + matmul(p_ij, v_j)
                 m_i = m_new
+                sram.hold(m_i=m_i, l_i=l_i, acc_i=acc_i)  # in the places of the old ones
 
             O.store(i, acc_i / torch.where(l_i == 0, 1, l_i))
             LSE.store(i, m_i + torch.log(l_i))

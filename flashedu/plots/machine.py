@@ -1,0 +1,94 @@
+"""Figures of the machine: its memories to scale, its roofline, its SRAM as a kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from flashedu.memory.gpus import GPU
+from flashedu.memory.trace import Event
+from flashedu.plots.style import HBM, INK, SRAM, STAGE, STAGE_MARKER, colour_of, size_text, styled
+
+
+def hierarchy(card: GPU, title: str) -> Figure:
+    """The memories of a card as squares, areas to scale: HBM, L2, and the SRAM of all its SMs."""
+    on_chip = card.sm_count * card.sram_bytes_per_sm
+    levels = (
+        ("HBM", card.hbm_bytes, HBM, f"{card.hbm_bytes / 1e9:,.0f} GB"),
+        ("L2 cache", card.l2_bytes, "#5B7FA6", size_text(card.l2_bytes)),
+        ("SRAM", on_chip, SRAM, f"{size_text(on_chip)}: {card.sm_count} SMs × "
+                                f"{size_text(card.sram_bytes_per_sm)}"),
+    )  # fmt: skip
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 3.6))
+        ax.add_patch(Rectangle((0, 0), 1, 1, color=HBM))
+        ax.text(0.5, 0.5, f"HBM\n{levels[0][3]}\n{card.hbm_bytes_per_s / 1e12:.3g} TB/s",
+                ha="center", va="center", color="white", fontsize=15, fontweight="bold")  # fmt: skip
+        for (name, n_bytes, colour, text), bottom in zip(levels[1:], (0.62, 0.2), strict=True):
+            side = (n_bytes / card.hbm_bytes) ** 0.5
+            ax.add_patch(Rectangle((1.15, bottom), side, side, color=colour))
+            ax.text(1.22, bottom + side / 2, f"{name}, {text}", va="center")
+        ax.set_xlim(-0.02, 2.4)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_aspect("equal")
+        ax.axis("off")
+        ax.set_title(title)
+    return fig
+
+
+def roofline(
+    cards: Sequence[GPU], points: Mapping[str, float], dtype: str, title: str
+) -> Figure:
+    """The rate that memory and arithmetic allow, against FLOPs per byte of HBM traffic.
+
+    `points`: label, beginning with a stage's name → arithmetic intensity. Each is set on the roof
+    of the last card: the best it can reach there.
+    """
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 4.2))
+        x = np.logspace(0, 4, 200)
+        for card, style in zip(cards, ("-", "--", "-.", ":"), strict=False):
+            roof = np.minimum(x * card.hbm_bytes_per_s, card.flops_per_s(dtype)) / 1e12
+            ax.loglog(x, roof, color=INK, linewidth=1.3, linestyle=style)
+            ax.text(1.1e4, roof[-1], card.name, va="center", fontsize=9.5)
+        best = cards[-1]
+        for label, intensity in points.items():
+            name = label.split()[0]
+            rate = min(intensity * best.hbm_bytes_per_s, best.flops_per_s(dtype)) / 1e12
+            ax.plot(intensity, rate, STAGE_MARKER[name], color=STAGE[name], markersize=10,
+                    markeredgecolor=INK)  # fmt: skip
+            ax.annotate(f"{label}\n{intensity:,.0f} FLOPs a byte", (intensity, rate),
+                        xytext=(10, -26), textcoords="offset points", fontsize=9.5)  # fmt: skip
+        ax.set_xlim(1, 1e4)
+        ax.set_xlabel("arithmetic intensity (FLOPs per byte of HBM traffic)")
+        ax.set_ylabel("at most (TFLOP/s)")
+        ax.set_title(title)
+    return fig
+
+
+def sram_occupancy(
+    trace: Sequence[Event], title: str, *, capacity_bytes: int | None = None
+) -> Figure:
+    """SRAM that one program holds, event by event, with the capacity as a line."""
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 3.2))
+        used = np.array([event.sram_bytes for event in trace]) / 1024
+        ax.step(range(len(used)), used, where="post", color=SRAM)
+        ax.fill_between(range(len(used)), used, step="post", color=SRAM, alpha=0.18)
+        if len(trace) <= 40:
+            for at, event in enumerate(trace):
+                ax.annotate(f"{event.op} {event.tensor}", (at, used[at]), xytext=(0, 4),
+                            textcoords="offset points", rotation=60, fontsize=8.5,
+                            color=colour_of(event.tensor))  # fmt: skip
+        if capacity_bytes is not None:
+            ax.axhline(capacity_bytes / 1024, color=INK, linestyle="--", linewidth=1)
+            ax.text(0, capacity_bytes / 1024, " capacity", va="bottom")
+        ax.set_ylim(0, 1.3 * max(used.max(), (capacity_bytes or 0) / 1024))
+        ax.set_xlabel("event")
+        ax.set_ylabel("SRAM held (KiB)")
+        ax.set_title(title)
+    return fig

@@ -1,0 +1,78 @@
+"""One look for every figure: a colour a concept, units on the axes, direct labels.
+
+Tensors have colours (Okabe and Ito's, told apart by colour-blind readers); stages have greys and a
+marker each, so that a curve of a stage is never taken for a tensor. Writes are hatched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+
+TENSOR = {
+    "q": "#0072B2",
+    "k": "#E69F00",
+    "v": "#009E73",
+    "s": "#D55E00",
+    "p": "#8A4B2A",
+    "o": "#CC79A7",
+    "lse": "#56B4E9",
+    "m": "#56B4E9",
+    "l": "#3B4CA8",
+    "acc": "#CC79A7",
+    "delta": "#999933",
+}
+HBM = "#9AA5B1"
+SRAM = "#7F3C8D"
+INK = "#222222"
+FAINT = "#DDDDDD"
+
+STAGE = {"naive": "#A8A8A8", "tiled": "#6A6A6A", "online": "#111111"}
+STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D"}
+
+_RC = {
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.7,
+    "hatch.color": "white",
+    "svg.hashsalt": "flashedu",
+}
+
+
+def colour_of(name: str) -> str:
+    """The colour of a tensor or of a tile of it: `q`, `s_ij` and `dq` have those of q, s and q."""
+    tensor = name.split("_")[0]
+    return TENSOR.get(tensor) or TENSOR.get(tensor.removeprefix("d")) or INK
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in the course's style, and leave the caller's as it was."""
+    with plt.rc_context(_RC):
+        yield
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes for a label: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "B" else f"{n_bytes:.3g} {unit}"

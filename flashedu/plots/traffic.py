@@ -1,0 +1,141 @@
+"""Figures of bytes: by tensor and direction, against SRAM size, and against N."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from flashedu.memory.gpus import GPU
+from flashedu.plots.style import FAINT, INK, STAGE, STAGE_MARKER, colour_of, size_text, styled
+
+
+def traffic(
+    stages: Mapping[str, Mapping[str, tuple[int, int]]], title: str, *, unit_bytes: int = 2**20
+) -> Figure:
+    """Bars: bytes that each stage moves, by tensor, what is read and (hatched) what is written.
+
+    `stages`: label → tensor → (bytes read, bytes written), as `Machine.bytes_by_tensor` gives.
+    """
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 0.9 + 0.72 * len(stages)))
+        totals = [sum(r + w for r, w in tensors.values()) for tensors in stages.values()]
+        for row, tensors in enumerate(stages.values()):
+            left = 0.0
+            for name, moved in tensors.items():
+                for n_bytes, hatch in zip(moved, ("", "////"), strict=True):
+                    if not n_bytes:
+                        continue
+                    width = n_bytes / unit_bytes
+                    ax.barh(
+                        row, width, left=left, height=0.66, color=colour_of(name), hatch=hatch,
+                        edgecolor="white", linewidth=0.8,
+                    )  # fmt: skip
+                    if n_bytes > 0.035 * max(totals):
+                        ax.text(
+                            left + width / 2, row, name, ha="center", va="center", color="white",
+                            fontweight="bold",
+                            bbox={"facecolor": colour_of(name), "edgecolor": "none", "pad": 1.2},
+                        )  # fmt: skip
+                    left += width
+            ax.text(left, row, f"  {size_text(totals[row])}", va="center")
+        ax.set_yticks(range(len(stages)), list(stages))
+        ax.invert_yaxis()
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.set_xlim(0, 1.13 * max(totals) / unit_bytes)
+        ax.set_xlabel(f"bytes moved between HBM and SRAM ({size_text(unit_bytes)[2:]})")
+        ax.legend(
+            handles=[Patch(facecolor="#777777", label="read"),
+                     Patch(facecolor="#777777", hatch="////", edgecolor="white", label="written")],
+            loc="lower right", ncols=2,
+        )  # fmt: skip
+        ax.set_title(title)
+    return fig
+
+
+def traffic_against_sram(
+    sram_bytes: Sequence[int],
+    stages: Mapping[str, Sequence[int]],
+    theory: Sequence[float],
+    cards: Sequence[GPU],
+    title: str,
+) -> Figure:
+    """Curves: HBM bytes of each stage against the SRAM that it may fill, beside Θ(N²d²/M).
+
+    `stages`: label, beginning with the stage's name → bytes, one for each of `sram_bytes`.
+    `theory`: the theorem's curve at the same sizes, in bytes. `cards` are marked on the axis.
+    """
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 4))
+        x = np.array(sram_bytes) / 1024
+        ax.loglog(x, np.array(theory) / 2**20, color=INK, linestyle=":", linewidth=1.3)
+        ax.annotate(
+            "N²d²/M, the theorem's slope", (x[1], theory[1] / 2**20), xytext=(8, 10),
+            textcoords="offset points",
+        )  # fmt: skip
+        for label, n_bytes in stages.items():
+            name = label.split()[0]
+            y = np.array(n_bytes) / 2**20
+            ax.loglog(x, y, color=STAGE[name], marker=STAGE_MARKER[name], label=label)
+        low = ax.get_ylim()[0]
+        for card in cards:
+            at = card.sram_bytes_per_program / 1024
+            ax.axvline(at, color=FAINT, zorder=0)
+            ax.text(at, low, f" {card.name}", rotation=90, va="bottom", ha="right", fontsize=9)
+        ax.set_xlabel("SRAM that one program may fill, M (KiB)")
+        ax.set_ylabel("HBM traffic (MiB)")
+        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.minorticks_off()
+        ax.legend()
+        ax.set_title(title)
+    return fig
+
+
+def memory_against_n(
+    n: Sequence[int], stages: Mapping[str, Sequence[int]], cards: Sequence[GPU], title: str
+) -> Figure:
+    """Curves: extra memory of each stage against N, with the memory of some cards as lines.
+
+    `stages`: stage → bytes beside inputs and output, one for each of `n`.
+    """
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 4))
+        for name, n_bytes in stages.items():
+            y = np.array(n_bytes) / 2**30
+            ax.loglog(n, y, color=STAGE[name], marker=STAGE_MARKER[name], label=name)
+            ax.annotate(
+                name, (n[-1], y[-1]), xytext=(8, 0), textcoords="offset points", va="center",
+                fontweight="bold",
+            )  # fmt: skip
+        for card in cards:
+            ax.axhline(card.hbm_bytes / 2**30, color=INK, linewidth=0.9, linestyle="--")
+            ax.text(n[0], card.hbm_bytes / 2**30, f"all of a {card.name}", va="bottom", fontsize=9)
+        ax.set_xlabel("sequence length N")
+        ax.set_ylabel("extra memory (GiB)")
+        ax.set_xlim(n[0] * 0.9, n[-1] * 1.9)
+        ax.set_xticks(n, [f"{value:,}" for value in n], rotation=30)
+        ax.minorticks_off()
+        ax.set_title(title)
+    return fig
+
+
+def bars(values: Mapping[str, float], unit: str, title: str, *, log: bool = False) -> Figure:
+    """Plain horizontal bars with their values: label → value in `unit`."""
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(values)))
+        greys = [STAGE.get(label.split()[0], "#777777") for label in values]
+        drawn = ax.barh(list(values), list(values.values()), color=greys, height=0.66)
+        ax.bar_label(drawn, [f" {value:,.3g}" for value in values.values()])
+        ax.invert_yaxis()
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.margins(x=0.12)
+        if log:
+            ax.set_xscale("log")
+        ax.set_xlabel(unit)
+        ax.set_title(title)
+    return fig
