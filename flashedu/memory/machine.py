@@ -58,11 +58,11 @@ class Machine:
         self._kernel = name
         self.launches.append(name)
         self.sram._suggest = lambda: cost.suggest_tiles(name, problem, self.sram.capacity_bytes)
-        self.sram._open()
+        scope = self.sram._open()
         try:
             yield
         finally:
-            self.sram._close()
+            self.sram._close(scope)
             self._kernel = ""
 
     def matmul(self, a: Any, b: Any) -> Any:

@@ -52,11 +52,11 @@ class SRAM:
         """
         first_tile = start // block * block
         for first in range(first_tile, n if stop is None else min(n, stop), block):
-            self._open()
+            scope = self._open()
             try:
                 yield slice(first, min(first + block, n))
             finally:
-                self._close()
+                self._close(scope)
 
     def hold(self, **tiles: Any) -> None:
         """Give tiles that were made on chip, by name, a place in SRAM."""
@@ -80,13 +80,16 @@ class SRAM:
         if used > self.peak_bytes:
             self.peak_bytes = used
 
-    def _open(self) -> None:
+    def _open(self) -> list[str]:
         self.step += 1
         self._scopes.append([])
+        return self._scopes[-1]
 
-    def _close(self) -> None:
-        for name in self._scopes.pop():
-            self.used_bytes -= self.live.pop(name).bytes
+    def _close(self, scope: list[str]) -> None:
+        """Free the tiles of `scope` and of those opened in it: an error may have left some open."""
+        while any(scope is still_open for still_open in self._scopes):
+            for name in self._scopes.pop():
+                self.used_bytes -= self.live.pop(name).bytes
 
     def _overflow_message(self, name: str, tile: Tile) -> str:
         live = "; ".join(f"{other} ({t})" for other, t in self.live.items()) or "nothing"

@@ -24,15 +24,15 @@ def hierarchy(card: GPU, title: str) -> Figure:
                                 f"{size_text(card.sram_bytes_per_sm)}"),
     )  # fmt: skip
     with styled():
-        fig, ax = plt.subplots(figsize=(8, 3.6))
+        fig, ax = plt.subplots(figsize=(7, 3.4))
         ax.add_patch(Rectangle((0, 0), 1, 1, color=HBM))
         ax.text(0.5, 0.5, f"HBM\n{levels[0][3]}\n{card.hbm_bytes_per_s / 1e12:.3g} TB/s",
                 ha="center", va="center", color="white", fontsize=15, fontweight="bold")  # fmt: skip
-        for (name, n_bytes, colour, text), bottom in zip(levels[1:], (0.62, 0.2), strict=True):
+        for (name, n_bytes, colour, text), bottom in zip(levels[1:], (0.6, 0.35), strict=True):
             side = (n_bytes / card.hbm_bytes) ** 0.5
-            ax.add_patch(Rectangle((1.15, bottom), side, side, color=colour))
-            ax.text(1.22, bottom + side / 2, f"{name}, {text}", va="center")
-        ax.set_xlim(-0.02, 2.4)
+            ax.add_patch(Rectangle((1.1, bottom), side, side, color=colour))
+            ax.text(1.16, bottom + side / 2, f"{name}, {text}", va="center")
+        ax.set_xlim(-0.02, 2.2)
         ax.set_ylim(-0.02, 1.02)
         ax.set_aspect("equal")
         ax.axis("off")
@@ -51,18 +51,23 @@ def roofline(
     with styled():
         fig, ax = plt.subplots(figsize=(8, 4.2))
         x = np.logspace(0, 4, 200)
+        same_roof: dict[float, list[str]] = {}
         for card, style in zip(cards, ("-", "--", "-.", ":"), strict=False):
             roof = np.minimum(x * card.hbm_bytes_per_s, card.flops_per_s(dtype)) / 1e12
-            ax.loglog(x, roof, color=INK, linewidth=1.3, linestyle=style)
-            ax.text(1.1e4, roof[-1], card.name, va="center", fontsize=9.5)
+            ax.loglog(x, roof, color=INK, linewidth=1.3, linestyle=style, label=card.name)
+            same_roof.setdefault(roof[-1], []).append(card.name)
+        for rate, names in same_roof.items():
+            ax.text(1e4, rate, ", ".join(names) + " ", va="bottom", ha="right", fontsize=9.5)
         best = cards[-1]
         for label, intensity in points.items():
             name = label.split()[0]
             rate = min(intensity * best.hbm_bytes_per_s, best.flops_per_s(dtype)) / 1e12
             ax.plot(intensity, rate, STAGE_MARKER[name], color=STAGE[name], markersize=10,
-                    markeredgecolor=INK)  # fmt: skip
-            ax.annotate(f"{label}\n{intensity:,.0f} FLOPs a byte", (intensity, rate),
-                        xytext=(10, -26), textcoords="offset points", fontsize=9.5)  # fmt: skip
+                    markeredgecolor=INK, zorder=4)  # fmt: skip
+            ax.annotate(f"{label}: {intensity:,.0f}", (intensity, rate), xytext=(-10, 6),
+                        textcoords="offset points", ha="right", fontsize=9.5,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+        ax.legend(loc="lower right")
         ax.set_xlim(1, 1e4)
         ax.set_xlabel("arithmetic intensity (FLOPs per byte of HBM traffic)")
         ax.set_ylabel("at most (TFLOP/s)")
@@ -75,20 +80,22 @@ def sram_occupancy(
 ) -> Figure:
     """SRAM that one program holds, event by event, with the capacity as a line."""
     with styled():
-        fig, ax = plt.subplots(figsize=(8, 3.2))
-        used = np.array([event.sram_bytes for event in trace]) / 1024
+        fig, ax = plt.subplots(figsize=(8, 3.6))
+        used = np.array([event.sram_bytes for event in trace], dtype=float)
+        unit, per_unit = ("bytes", 1) if used.max() < 1024 else ("KiB", 1024)
+        used /= per_unit
         ax.step(range(len(used)), used, where="post", color=SRAM)
         ax.fill_between(range(len(used)), used, step="post", color=SRAM, alpha=0.18)
         if len(trace) <= 40:
             for at, event in enumerate(trace):
                 ax.annotate(f"{event.op} {event.tensor}", (at, used[at]), xytext=(0, 4),
-                            textcoords="offset points", rotation=60, fontsize=8.5,
+                            textcoords="offset points", rotation=75, fontsize=9,
                             color=colour_of(event.tensor))  # fmt: skip
         if capacity_bytes is not None:
-            ax.axhline(capacity_bytes / 1024, color=INK, linestyle="--", linewidth=1)
-            ax.text(0, capacity_bytes / 1024, " capacity", va="bottom")
-        ax.set_ylim(0, 1.3 * max(used.max(), (capacity_bytes or 0) / 1024))
+            ax.axhline(capacity_bytes / per_unit, color=INK, linestyle="--", linewidth=1)
+            ax.text(0, capacity_bytes / per_unit, " capacity", va="bottom")
+        ax.set_ylim(0, 1.3 * max(used.max(), (capacity_bytes or 0) / per_unit))
         ax.set_xlabel("event")
-        ax.set_ylabel("SRAM held (KiB)")
+        ax.set_ylabel(f"SRAM held ({unit})")
         ax.set_title(title)
     return fig

@@ -65,14 +65,19 @@ def colour_of(name: str) -> str:
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw in the course's style, and leave the caller's as it was."""
-    with plt.rc_context(_RC):
+    # Not rc_context: that would also undo what a notebook's backend sets at the first figure.
+    before = {key: plt.rcParams[key] for key in _RC}
+    plt.rcParams.update(_RC)
+    try:
         yield
+    finally:
+        plt.rcParams.update(before)
 
 
 def size_text(n_bytes: float) -> str:
     """Bytes for a label: `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1024 or unit == "TiB":
             break
         n_bytes /= 1024
     return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "B" else f"{n_bytes:.3g} {unit}"

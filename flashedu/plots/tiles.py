@@ -17,8 +17,7 @@ from flashedu.plots.style import FAINT, INK, TENSOR, styled
 def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
     """The N × N scores in tiles, each with the order in which a trace computed it.
 
-    Tiles that were never computed are blank; a tile that was computed more than once shows the
-    first and the last time.
+    Tiles that were never computed are blank; one computed more than once shows each time.
     """
     order: dict[tuple[int, int], list[int]] = {}
     row, computed = 0, 0
@@ -40,15 +39,15 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
                 ax.add_patch(Rectangle((j, i), width, height, facecolor=colour,
                                        edgecolor=INK, linewidth=0.8))  # fmt: skip
                 if times is not None:
-                    text = f"{times[0]}" if len(times) == 1 else f"{times[0]} … {times[-1]}"
+                    text = ", ".join(map(str, times))
                     ax.text(j + width / 2, i + height / 2, text, ha="center", va="center",
-                            fontweight="bold", fontsize=9)  # fmt: skip
+                            fontweight="bold", fontsize=9, zorder=5)  # fmt: skip
         if problem.causal:
-            edge = np.arange(problem.Nq + 1)
-            steps = np.clip(edge + problem.Nk - problem.Nq + 1, 0, problem.Nk)
-            ax.step(np.r_[steps[:-1], steps[-2]], edge, where="post", color=INK, linewidth=2)
-        ax.set_xlim(0, problem.Nk)
-        ax.set_ylim(problem.Nq, 0)
+            seen = np.clip(np.arange(problem.Nq) + problem.Nk - problem.Nq + 1, 0, problem.Nk)
+            edges = np.repeat(np.arange(problem.Nq + 1), 2)[1:-1]
+            ax.plot(np.repeat(seen, 2), edges, color=INK, linewidth=1.2)
+        ax.set_xlim(0, 1.004 * problem.Nk)
+        ax.set_ylim(1.004 * problem.Nq, 0)
         ax.set_aspect("equal")
         ax.set_xlabel("key")
         ax.set_ylabel("query")

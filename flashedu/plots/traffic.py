@@ -47,11 +47,12 @@ def traffic(
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.set_xlim(0, 1.13 * max(totals) / unit_bytes)
-        ax.set_xlabel(f"bytes moved between HBM and SRAM ({size_text(unit_bytes)[2:]})")
+        unit = size_text(unit_bytes)[2:]
+        ax.set_xlabel(f"bytes moved between HBM and SRAM ({unit})", loc="left")
         ax.legend(
             handles=[Patch(facecolor="#777777", label="read"),
                      Patch(facecolor="#777777", hatch="////", edgecolor="white", label="written")],
-            loc="lower right", ncols=2,
+            loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=2,
         )  # fmt: skip
         ax.set_title(title)
     return fig
@@ -74,8 +75,8 @@ def traffic_against_sram(
         x = np.array(sram_bytes) / 1024
         ax.loglog(x, np.array(theory) / 2**20, color=INK, linestyle=":", linewidth=1.3)
         ax.annotate(
-            "N²d²/M, the theorem's slope", (x[1], theory[1] / 2**20), xytext=(8, 10),
-            textcoords="offset points",
+            "N²d²/M, the theorem's slope", (x[2], theory[2] / 2**20), xytext=(-8, -14),
+            textcoords="offset points", ha="right",
         )  # fmt: skip
         for label, n_bytes in stages.items():
             name = label.split()[0]
@@ -85,12 +86,16 @@ def traffic_against_sram(
         for card in cards:
             at = card.sram_bytes_per_program / 1024
             ax.axvline(at, color=FAINT, zorder=0)
-            ax.text(at, low, f" {card.name}", rotation=90, va="bottom", ha="right", fontsize=9)
+            ax.text(at, 1, f"{card.name} ", rotation=90, va="top", ha="right", fontsize=9,
+                    transform=ax.get_xaxis_transform())  # fmt: skip
         ax.set_xlabel("SRAM that one program may fill, M (KiB)")
         ax.set_ylabel("HBM traffic (MiB)")
-        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.set_xticks(x, [f"{value:.0f}" for value in x])
+        ticks = [2.0**e for e in range(30) if low / 2 < 2.0**e < ax.get_ylim()[1]]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_ylim(bottom=low)
         ax.minorticks_off()
-        ax.legend()
+        ax.legend(loc="lower left")
         ax.set_title(title)
     return fig
 
@@ -105,17 +110,20 @@ def memory_against_n(
     with styled():
         fig, ax = plt.subplots(figsize=(8, 4))
         for name, n_bytes in stages.items():
-            y = np.array(n_bytes) / 2**30
-            ax.loglog(n, y, color=STAGE[name], marker=STAGE_MARKER[name], label=name)
+            ax.loglog(n, n_bytes, color=STAGE[name], marker=STAGE_MARKER[name])
             ax.annotate(
-                name, (n[-1], y[-1]), xytext=(8, 0), textcoords="offset points", va="center",
-                fontweight="bold",
+                name, (n[-1], n_bytes[-1]), xytext=(8, 0), textcoords="offset points",
+                va="center", fontweight="bold",
             )  # fmt: skip
         for card in cards:
-            ax.axhline(card.hbm_bytes / 2**30, color=INK, linewidth=0.9, linestyle="--")
-            ax.text(n[0], card.hbm_bytes / 2**30, f"all of a {card.name}", va="bottom", fontsize=9)
+            ax.axhline(card.hbm_bytes, color=INK, linewidth=0.9, linestyle="--")
+            text = f"all the memory of one {card.name}"
+            ax.text(n[0], card.hbm_bytes, text, va="bottom", fontsize=9)
+        low, high = (f(map(f, stages.values())) for f in (min, max))
+        ticks = [2.0**e for e in range(10, 60, 4) if low / 4 < 2.0**e < high * 4]
+        ax.set_yticks(ticks, [size_text(tick) for tick in ticks])
         ax.set_xlabel("sequence length N")
-        ax.set_ylabel("extra memory (GiB)")
+        ax.set_ylabel("extra memory")
         ax.set_xlim(n[0] * 0.9, n[-1] * 1.9)
         ax.set_xticks(n, [f"{value:,}" for value in n], rotation=30)
         ax.minorticks_off()

@@ -52,26 +52,26 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, mac
         return s_ij
 
     with machine.kernel("tiled", problem):
-        for i in sram.tiles(Nq, block_q):
+        for i in sram.tiles(Nq, problem.block_q):
             keys_seen = max(0, i.stop + Nk - Nq) if causal else Nk
             q_i = Q.load(i)  # (B, H, block_q, D)
 
             m_i = np.full_like(q_i[..., :1], LOWEST)  # (B, H, block_q, 1)
             sram.hold(m_i=m_i)
-            for j in sram.tiles(Nk, block_k, stop=keys_seen):
+            for j in sram.tiles(Nk, problem.block_k, stop=keys_seen):
                 s_ij = scores(q_i, i, j)
                 m_i = np.maximum(m_i, s_ij.max(axis=-1, keepdims=True))
 
             l_i = np.zeros_like(m_i)
             sram.hold(l_i=l_i)
-            for j in sram.tiles(Nk, block_k, stop=keys_seen):
+            for j in sram.tiles(Nk, problem.block_k, stop=keys_seen):
                 s_ij = scores(q_i, i, j)
                 l_i = l_i + np.exp(s_ij - m_i).sum(axis=-1, keepdims=True)
             l_i = np.where(l_i == 0, 1, l_i)
 
             o_i = np.zeros_like(q_i)
             sram.hold(o_i=o_i)
-            for j in sram.tiles(Nk, block_k, stop=keys_seen):
+            for j in sram.tiles(Nk, problem.block_k, stop=keys_seen):
                 p_ij = np.exp(scores(q_i, i, j) - m_i) / l_i  # takes the place of s_ij
                 o_i = o_i + matmul(p_ij, V.load(j))
             O.store(i, o_i)

@@ -1,0 +1,491 @@
+"""The command line: `flashedu ladder` and `flashedu doctor`.
+
+A wrong option gets one line on stderr and exit code 2. Slow imports wait until they are needed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashedu import __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from flashedu.doctor import Finding
+    from flashedu.ladder import Row
+    from flashedu.memory import GPU, Problem
+
+GPU_KEYS = "t4, a100-40, a100-80, rtx4090, h100, h200, b200"  # memory.gpus, without its imports
+DTYPES = "float16, bfloat16, float32, float64"
+LARGEST = 10**9
+OUT_OF_MEMORY = "flashedu: out of memory; a smaller --n needs less"
+WIDE = 110  # columns from which there is room for the ideas
+
+UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, or the copy that typer brings
+
+
+class Refused(Exception):
+    """One line for stderr, and exit code 2."""
+
+
+class Stopped(Exception):
+    """One line for stderr, and exit code 1: asked rightly, but not possible here."""
+
+
+class ClosedPipe(Exception):
+    """Nobody reads stdout any more."""
+
+
+class Group(TyperGroup):
+    """Commands, and the close one for a name that is none."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            commands = ", ".join(self.commands)
+            close = _close(args[0], self.commands) or f"the commands are {commands}"
+            raise Refused(f"flashedu: no command {_shown(args[0])}; {close}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Group,
+    name="flashedu",
+    help="FlashAttention, rung by rung.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    _print_what_the_encoding_lacks_as_ascii()
+    try:
+        code = app(args=args, prog_name="flashedu", standalone_mode=False)
+    except UsageError as error:
+        return _complain(_one_line(error, sys.argv[1:] if args is None else args), 2)
+    except Refused as error:
+        return _complain(str(error), 2)
+    except Stopped as error:
+        return _complain(str(error), 1)
+    except MemoryError:
+        return _complain(OUT_OF_MEMORY, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch has no MemoryError on the CPU
+            raise
+        return _complain(OUT_OF_MEMORY, 1)
+    except ClosedPipe:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141  # 128 + SIGPIPE, as for other programs
+    if code == 130:
+        _complain("flashedu: stopped", 130)
+    return code or 0
+
+
+@app.callback(invoke_without_command=True)
+def _flashedu(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        _write(f"flashedu {__version__}\n")
+        raise typer.Exit()
+    if ctx.invoked_subcommand is None:
+        _write(ctx.get_help() + "\n")
+
+
+def _whole(value: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= LARGEST:
+        raise typer.BadParameter(f"must be an integer from 1 to {LARGEST}, got {_shown(value)}")
+    return number
+
+
+def _head_size(value: str) -> int:
+    from flashedu.stages.contract import MAX_D
+
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MAX_D:
+        raise typer.BadParameter(f"must be an integer from 1 to {MAX_D}, got {_shown(value)}")
+    return number
+
+
+def _one_of(known: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value.lower() not in known.split(", "):
+            raise typer.BadParameter(f"must be one of {known}, got {_shown(value)}")
+        return value.lower()
+
+    return parse
+
+
+def _number(name: str, what: str, parser: Callable[[str], Any] = _whole) -> Any:
+    return typer.Option(name, help=what, parser=parser, metavar="INTEGER")
+
+
+@app.command()
+def ladder(
+    n: Annotated[int, _number("--n", "Queries, and keys.")] = 1024,
+    d: Annotated[int, _number("--d", "Head size.", _head_size)] = 64,
+    heads: Annotated[int, _number("--heads", "Query heads.")] = 4,
+    batch: Annotated[int, _number("--batch", "Batches.")] = 1,
+    kv_heads: Annotated[
+        int | None, _number("--kv-heads", "Key and value heads; as --heads if not given.")
+    ] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="Hide the future keys.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help=f"{DTYPES}.", parser=_one_of(DTYPES), metavar="DTYPE")
+    ] = "float16",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help=f"The card to bound the time on: {GPU_KEYS}.",
+            parser=_one_of(GPU_KEYS),
+            metavar="GPU",
+        ),
+    ] = "h200",
+    block_q: Annotated[int, _number("--block-q", "Queries in a tile.")] = 128,
+    block_k: Annotated[int, _number("--block-k", "Keys in a tile.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run every rung on the same inputs: its result checked, its bytes counted.
+
+    Exit code 1 if a rung is wrong, or counts other bytes than its closed form.
+    """
+    if kv_heads is not None and heads % kv_heads:
+        divisors = ", ".join(str(i) for i in range(1, min(heads, 1000) + 1) if heads % i == 0)
+        raise Refused(
+            f"flashedu ladder: --kv-heads must divide --heads {heads} ({divisors} would do), "
+            f"got {kv_heads}"
+        )
+    _take_one_thread()
+    for needed in ("numpy", "torch"):
+        _need(needed)
+    from flashedu import ladder as rungs
+    from flashedu.memory import Problem
+    from flashedu.memory import gpu as card_of
+
+    card = card_of(gpu)
+    problem = Problem(
+        Nq=n, D=d, B=batch, H=heads, H_kv=kv_heads or heads, dtype=dtype, causal=causal,
+        block_q=block_q, block_k=block_k,
+    )  # fmt: skip
+    try:
+        steps = rungs.run(problem, card)
+    except ValueError as error:  # a dtype that the card lacks
+        raise Refused(f"flashedu ladder: --dtype {dtype} --gpu {gpu}: {error}") from None
+    _refuse_what_does_not_fit(problem)
+
+    rows = _with_status(steps, "running the rungs")
+    ran = [row for row in rows if row.skipped is None]
+    ok = bool(ran) and all(row.ok for row in rows)
+    if as_json:
+        _write_json({
+            "problem": {
+                **{name: getattr(problem, name) for name in ("B", "H", "H_kv", "Nq", "Nk", "D")},
+                "dtype": dtype, "causal": causal, "block_q": block_q, "block_k": block_k,
+            },
+            "gpu": {
+                "key": card.key,
+                "name": card.name,
+                "hbm_bytes_per_s": card.hbm_bytes_per_s,
+                "flops_per_s": card.flops_per_s(dtype),
+                "sram_bytes_per_program": card.sram_bytes_per_program,
+            },
+            "versions": _versions(),
+            "ok": ok,
+            "takeaway": rungs.takeaway(rows),
+            "rows": [row.as_dict() for row in rows],
+        })  # fmt: skip
+    else:
+        _print(_ladder_report(problem, card, rows))
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine has, what is wrong with it, and what to do.
+
+    Exit code 1 if the course cannot run here.
+    """
+    from flashedu import doctor as checks
+
+    (facts,) = _with_status((checks.look() for _ in range(1)), "looking around")
+    findings = checks.diagnose(facts)
+    if as_json:
+        _write_json(checks.as_dict(facts, findings))
+    else:
+        _print(_doctor_report(findings))
+    if not checks.course_runs(findings):
+        raise typer.Exit(1)
+
+
+# the reports
+
+
+def _ladder_report(problem: Problem, card: GPU, rows: list[Row]) -> Iterable[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    from flashedu.ladder import human_bytes, human_seconds, takeaway
+
+    p, wide = problem, _console().width >= WIDE
+    heads = f"H {p.H}" if p.H_kv == p.H else f"H {p.H}, H_kv {p.H_kv}"
+    yield Text(
+        f"B {p.B}, {heads}, N {p.Nq}, D {p.D}, {p.dtype}{', causal' if p.causal else ''}; "
+        f"tiles {p.block_q} × {p.block_k}; {card.name}"
+    )
+    table = Table(box=_rule(), pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("rung", no_wrap=True)
+    if wide:
+        table.add_column("idea")
+    for head in ("error", "traffic", "extra", "SRAM peak", "FLOPs/B", "least time"):
+        table.add_column(head, justify="left" if head == "error" else "right")
+    capacity, too_large = card.sram_bytes_per_program, False
+    for row in rows:
+        cells = [Text(row.rung), *([Text(row.idea)] if wide else [])]
+        if row.counted is None or row.error is None:
+            table.add_row(*cells, Text("skipped"))
+            continue
+        good = row.within_budget
+        fits = row.counted.sram_peak_bytes <= capacity
+        too_large |= not fits
+        table.add_row(
+            *cells,
+            Text(f"{row.error:.1e} {'ok' if good else 'WRONG'}", "green" if good else "red"),
+            human_bytes(row.counted.hbm_bytes),
+            human_bytes(row.counted.hbm_extra_bytes),
+            Text(human_bytes(row.counted.sram_peak_bytes) + ("" if fits else " !"), _mark(fits)),
+            f"{row.counted.intensity:.0f}",
+            f"{human_seconds(row.bound.seconds)} {row.bound.limit}",
+        )
+    yield table
+    ran = [row for row in rows if row.skipped is None]
+    budgets = ", ".join(dict.fromkeys(f"{row.budget:.1e}" for row in ran))
+    lines = [f"error: largest difference from float64; budget {budgets}"]
+    if too_large:
+        lines.append(f"!: more SRAM than one program has, {human_bytes(capacity)} on {card.name}")
+    yield Text("\n".join(lines), "dim")
+    for row in rows:
+        if row.skipped:
+            yield Text(f"{row.rung} skipped: {row.skipped}", "yellow")
+        elif not row.counted_equals_closed_form:
+            yield Text(f"{row.rung} counts {row.counted}; by formula {row.closed_form}", "red")
+    yield Text(takeaway(rows), "bold")
+
+
+def _doctor_report(findings: list[Finding]) -> Iterable[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=_rule(), pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for head in ("", "what", "found"):
+        table.add_column(head)
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    for finding in findings:
+        found = Text(finding.found)
+        if finding.advice:
+            found.append(f"\n{finding.advice}", "dim" if finding.status == "ok" else "bold")
+        table.add_row(Text(finding.status, colours[finding.status]), finding.name, found)
+    yield table
+    blocking = [finding.name for finding in findings if finding.blocks]
+    if blocking:
+        yield Text(f"The course cannot run here. Put right: {', '.join(blocking)}.", "bold red")
+        return
+    runs = [f.name.removeprefix("stage ") for f in findings if f.found == "runs here"]
+    yield Text(f"The course runs here. Stages that run: {', '.join(runs) or 'none'}.", "bold")
+
+
+def _rule() -> Any:
+    from rich import box
+
+    return box.SIMPLE_HEAD
+
+
+def _mark(good: bool) -> str:
+    return "" if good else "yellow"
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    return {
+        "flashedu": __version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "torch": torch.__version__,
+    }
+
+
+# what cannot be done here
+
+
+def _take_one_thread() -> None:
+    """Threads gain little on tiles, and where other work runs they wait for one another: 5 s
+    become 40. A variable that is set already stays."""
+    if "numpy" not in sys.modules and "torch" not in sys.modules:
+        for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
+
+
+def _need(module: str) -> None:
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise Stopped(
+            f"flashedu ladder: needs {module}: pip install {module} (flashedu doctor says more)"
+        ) from None
+
+
+def _refuse_what_does_not_fit(problem: Problem) -> None:
+    from flashedu.ladder import human_bytes, largest_n, needed_bytes, physical_memory_bytes
+
+    memory, needed = physical_memory_bytes(), needed_bytes(problem)
+    if memory is None or needed <= memory // 2:
+        return
+    fits = largest_n(problem, memory // 2)
+    advice = f"--n {fits} would do" if fits else "fewer --heads or --batch are needed"
+    raise Refused(
+        f"flashedu ladder: --n {problem.Nq} needs about {human_bytes(needed)} for S and P, "
+        f"more than half of this machine's {human_bytes(memory)}: {advice}"
+    )
+
+
+# output
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def _print(parts: Iterable[RenderableType]) -> None:
+    console = _console()
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    _write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+
+
+def _write_json(value: Any) -> None:
+    _write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None where a float is NaN or infinite, as JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ClosedPipe from None
+
+
+def _with_status(steps: Iterable[Any], doing: str) -> list[Any]:
+    """All of `steps`; a person who waits at a terminal sees that something runs."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    with _console(stderr=True).status(doing) if terminal else nullcontext():
+        return list(steps)
+
+
+_ASCII = str.maketrans(
+    {"×": "x", "→": "->", "·": "*", "µ": "u", "…": ".", "−": "-", "–": "-", "—": "-", "√": "v"}
+    | dict.fromkeys("─━═╌┄╶╴╺╸", "-")
+    | dict.fromkeys("│┃║", "|")
+    | dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╯╰", "+")
+)
+
+
+def _print_what_the_encoding_lacks_as_ascii() -> None:
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end].translate(_ASCII)
+        return "".join(c if c.isascii() else "?" for c in text), error.end
+
+    codecs.register_error("flashedu-ascii", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="flashedu-ascii")
+
+
+# one line for a wrong option
+
+
+def _complain(line: str, code: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return code
+
+
+def _one_line(error: Any, args: list[str]) -> str:
+    """The message of click's exception, in the words of this course."""
+    root = typer.main.get_command(app)
+    ctx = error.ctx
+    if ctx:
+        command, params = ctx.command_path, ctx.command.params
+    else:  # the parser found it, and does not say for which command
+        sub = root.commands.get(args[0]) if args else None  # type: ignore[attr-defined]
+        command, params = ("flashedu", root.params) if sub is None else (
+            f"flashedu {args[0]}", sub.params
+        )  # fmt: skip
+    kind = type(error).__name__
+    if kind == "NoSuchOption":
+        options = [name for param in params for name in (*param.opts, "--help")]
+        close = _close(error.option_name, options) or f"{command} --help lists the options"
+        return f"{command}: no option {error.option_name}; {close}"
+    if kind == "BadOptionUsage":
+        if "does not take a value" in error.message:
+            return f"{command}: {error.option_name} takes no value"
+        usual = [param.default for param in params if error.option_name in param.opts]
+        example = usual[0] if usual and usual[0] is not None else 1
+        return f"{command}: {error.option_name} needs a value, as in {error.option_name} {example}"
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        return f"{command}: {error.param.opts[0]} {error.message}"
+    message = error.format_message().rstrip(".")
+    return f"{command}: {message[:1].lower()}{message[1:]}"
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {found[0]}?" if found else ""
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= 40 else value[:37] + "...")

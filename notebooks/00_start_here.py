@@ -1,0 +1,154 @@
+# %% [markdown]
+# # 00 · Start here
+#
+# **Claim.** Your machine can run this course, and each rung of the ladder moves fewer bytes for the same
+# result.
+#
+# Next: [01 · The memory wall](01_the_memory_wall.ipynb).
+#
+# Attention is the part of a transformer that lets each token look at the others. Written as in the
+# textbook, it is slow on a GPU, and it runs out of memory on long texts. FlashAttention computes exactly
+# the same numbers, several times faster, with hardly any extra memory. This course builds it, rung by rung,
+# from the textbook version to a fast kernel. You need Python, matrix products and the softmax. You need no
+# GPU.
+#
+# **How to use it.** Run a cell with Shift + Enter. Before each result there is a cell in which you write
+# down a guess: guess first, as a wrong guess teaches more than a right one. Each chapter ends with
+# exercises; their answers are folded.
+
+# %%
+import numpy as np
+
+from flashedu import doctor, ladder, plots
+from flashedu.memory import Machine, Problem, gpu
+from flashedu.notebook import table
+from flashedu.stages import LADDER, naive
+from flashedu.testing import draw
+
+# %% [markdown]
+# ## Can this machine run the course?
+#
+# `flashedu doctor`, in a terminal, says so in full. The same findings, here:
+
+# %% tags=["nbval-ignore-output"]
+# Not compared by the tests: versions and devices are those of your machine.
+for finding in doctor.diagnose(doctor.look()):
+    print(f"{finding.status:8} {finding.name:16} {finding.found}")
+
+# %% [markdown]
+# ## What attention computes
+#
+# A sequence has N tokens. For each, the model has made three vectors of D numbers: a **query** (what the
+# token looks for), a **key** (what it offers), and a **value** (what it passes on). The output of a token
+# is a weighted mean of all values. The weight is large where the token's query and the other's key point
+# the same way:
+#
+# $$S = \tfrac{1}{\sqrt D}\, q k^\top \qquad P = \mathrm{softmax}(S) \qquad o = P v$$
+#
+# A **softmax** turns a row of scores into weights: exponentials, divided by their sum. Models compute this
+# many times side by side, in **heads** (H of them) and for a **batch** of B sequences. So all arrays here
+# have the shape (B, heads, N, D).
+#
+# Three tokens, D = 2, by hand. The third query is the sum of the first two, so it looks at both.
+
+# %%
+q = np.array([[4.0, 0.0], [0.0, 4.0], [4.0, 4.0]]).reshape(1, 1, 3, 2)
+k = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]).reshape(1, 1, 3, 2)
+v = np.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]]).reshape(1, 1, 3, 2)
+
+o = naive.attention(q, k, v)
+table(["token", "output"], [(i, np.round(row, 2)) for i, row in enumerate(o[0, 0])])
+
+# %% [markdown]
+# Token 0 takes nearly all of value 0, token 1 nearly all of value 1, and token 2 half of each.
+#
+# ## Why it is slow
+#
+# S and P have N × N numbers. For N = 4096 that is 16 million each, for every head. A GPU's arithmetic
+# units work on a small memory on the chip (**SRAM**). Matrices of that size do not fit, so they travel to
+# the large memory beside the chip (**HBM**) and back. Most of the time goes into that travel.
+#
+# ## The ladder
+#
+# Each rung is one function with the same arguments and the same result. What changes is how it moves data.
+
+# %%
+for rung in LADDER:
+    print(f"{rung.name:8} {rung.framework:6} {rung.idea}")
+
+# %% [markdown]
+# ## Predict first
+#
+# With four heads, N = 1024 and D = 64, in float16: how many times fewer bytes does the highest rung move
+# than the lowest?
+
+# %%
+my_prediction = 10
+
+# %% [markdown]
+# Now run all rungs on the same inputs. Each one counts, while it runs, the bytes that it moves between HBM
+# and SRAM. `least time` is what those bytes and the arithmetic take at least on an H200, by its data
+# sheet.
+
+# %%
+problem = Problem(Nq=1024, D=64, H=4)
+rows = list(ladder.run(problem, gpu("h200")))
+table(["rung", "HBM traffic (MiB)", "extra memory (KiB)", "least time (µs)", "right", "counted = formula"],
+      [(row.rung, f"{row.counted.hbm_bytes / 2**20:.1f}", f"{row.counted.hbm_extra_bytes / 2**10:,.0f}",
+        f"{row.bound.seconds * 1e6:.2f}", row.within_budget, row.counted_equals_closed_form)
+       for row in rows])  # fmt: skip
+
+# %%
+ratio = rows[0].counted.hbm_bytes / rows[-1].counted.hbm_bytes
+print(f"you said {my_prediction}; counted {ratio:.1f}")
+
+# %% [markdown]
+# *Right* means: the error against a float64 computation is within a budget that the precision allows.
+# *Counted = formula* means: the bytes that were counted while the stage ran equal a closed formula,
+# exactly. Both hold for every rung of this course.
+#
+# The bytes of each rung, by tensor:
+
+# %%
+runs = {}
+for rung in LADDER:
+    runs[rung.name] = Machine(trace=False)
+    rung.load().attention(*draw(problem, framework=rung.framework)[:3], machine=runs[rung.name])
+fig = plots.traffic({name: machine.bytes_by_tensor() for name, machine in runs.items()},
+                    "Each rung moves half of what the one below moves")  # fmt: skip
+
+# %% [markdown]
+# *Figure 1. The lowest rung moves S and P to HBM and back. The higher ones read k and v more often instead.
+# The next chapters explain each bar.*
+#
+# ## The chapters
+#
+# | chapter | claim |
+# | --- | --- |
+# | [01 · The memory wall](01_the_memory_wall.ipynb) | standard attention is bound by the bytes of S and P |
+# | [02 · Tiling](02_tiling.ipynb) | tiles of S fit on the chip, but the softmax takes three passes |
+# | [03 · Online softmax](03_online_softmax.ipynb) | a rescale makes it one pass, exactly |
+# | [04 · Backward](04_backward.ipynb) | P is computed again, not stored: less memory, fewer bytes |
+#
+# ## Takeaway
+#
+# **The same result can cost very different traffic, and traffic is what attention waits for.**
+#
+# ## Exercises
+#
+# **1.** Double N in the cell that begins with `problem =`, and run it and the next two again. Which column
+# grows four times for every rung? What happens to the extra memory?
+#
+# <details><summary>Answer</summary>
+#
+# The traffic grows about four times for all rungs. The extra memory grows four times for `naive`, and two
+# times for `online`, which needs one number a query. `tiled` needs none.
+# </details>
+#
+# **2.** Ask for the same in a terminal, on another card and with a causal mask: `flashedu ladder --n 2048
+# --causal --gpu t4`. Which resource is the limit of each rung there?
+#
+# <details><summary>Answer</summary>
+#
+# HBM, for every rung: the last column says so. `flashedu ladder --help` lists the options.
+# </details>

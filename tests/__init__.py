@@ -1,0 +1,1 @@
+"""The tests. A name is a claim; `contract.py` holds the claims that every rung must meet."""

@@ -1,0 +1,631 @@
+"""The contract of every rung, claim by claim: each check raises AssertionError where it is broken.
+
+A subject is a rung of the ladder or a mutant of one. The tolerance is flashedu.testing's error
+budget, or none at all: 'same' means the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from flashedu.memory import Machine, Problem, cost, hbm
+from flashedu.stages import Rung, contract
+from flashedu.stages.reference import Reference
+from flashedu.testing import assert_right, draw
+
+Array = Any  # numpy.ndarray or torch.Tensor
+Check = Callable[["Subject"], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested: a rung's description and its functions."""
+
+    name: str
+    framework: str
+    dtypes: tuple[str, ...]
+    tiles: bool
+    lse: bool
+    backward: bool
+    attention: Callable[..., Array]
+    attention_with_lse: Callable[..., tuple[Array, Array]] | None = None
+
+    @classmethod
+    def of(cls, rung: Rung, module: ModuleType | None = None) -> Subject:
+        """The rung with its own functions, or with those of `module`."""
+        module = module or rung.load()
+        return cls(
+            rung.name, rung.framework, rung.dtypes, rung.tiles, rung.lse, rung.backward,
+            module.attention, getattr(module, "attention_with_lse", None),
+        )  # fmt: skip
+
+    def run(self, p: Problem, q: Array, k: Array, v: Array, do: Array = None, **options: Any):
+        """All that the rung can give: o; lse and the gradients, where it has them."""
+        options = {"causal": p.causal, **self.tiles_of(p), **options}
+        if not self.lse:
+            return Reference(self.attention(q, k, v, **options), None)
+        if not self.backward or do is None:
+            return Reference(*self.attention_with_lse(q, k, v, **options))
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        o, lse = self.attention_with_lse(q, k, v, **options)
+        return Reference(o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), do))
+
+    def draw(self, p: Problem, family: str = "normal", seed: int = 0) -> tuple[Array, ...]:
+        return draw(p, family, framework=self.framework, seed=seed)
+
+    def tiles_of(self, p: Problem) -> dict[str, int]:
+        return {"block_q": p.block_q, "block_k": p.block_k} if self.tiles else {}
+
+    def assert_right(self, p: Problem, inputs: tuple[Array, ...], what: str, **options: Any):
+        """Run, and hold the results named in `what` against float64."""
+        got = self.run(p, *inputs, **options)
+        kept = {name: x if name in what.split() else None for name, x in got._asdict().items()}
+        with case(p, options):
+            assert_right(Reference(**kept), *inputs, causal=p.causal, scale=options.get("scale"))
+
+
+@contextmanager
+def case(*what: object) -> Iterator[None]:
+    """Name the case in the error."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note("in the case " + ", ".join(str(x) for x in what))
+        raise
+
+
+# the cases
+
+FAMILIES = ("normal", "peaked", "large", "rising")
+
+# B, heads, Nq, Nk and D differ wherever they can, and are prime: swapped axes cannot pass.
+PRIMES = Problem(B=2, H=3, Nq=37, Nk=53, D=13, block_q=16, block_k=8)
+GQA = Problem(B=3, H=10, H_kv=2, Nq=17, Nk=19, D=7, block_q=8, block_k=4)
+BLIND = Problem(B=2, H=3, Nq=23, Nk=7, D=5, block_q=4, block_k=4, causal=True)  # 16 rows see none
+SIZES = {
+    "one": Problem(B=2, H=3, Nq=1, Nk=1, D=5),
+    "below a tile": Problem(B=2, H=3, Nq=7, Nk=7, D=5, block_q=16, block_k=16),
+    "a tile": Problem(B=2, H=3, Nq=16, Nk=16, D=5, block_q=16, block_k=16),
+    "one over": Problem(B=2, H=3, Nq=17, Nk=17, D=5, block_q=16, block_k=16),
+    "primes": PRIMES,
+    "one query": Problem(B=2, H=3, Nq=1, Nk=67, D=5, block_q=16, block_k=16),
+    "Nq < Nk": Problem(B=2, H=3, Nq=11, Nk=47, D=5, block_q=4, block_k=16),
+    "Nq > Nk": BLIND,
+    "tiles beyond N": Problem(B=2, H=3, Nq=37, Nk=41, D=5),
+    "tiles of one": Problem(B=2, H=3, Nq=5, Nk=7, D=11, block_q=1, block_k=1),
+    "odd tiles": Problem(B=2, H=3, Nq=47, Nk=47, D=5, block_q=5, block_k=11),
+    "GQA": GQA,
+    "MQA": Problem(B=2, H=5, H_kv=1, Nq=13, Nk=17, D=7, block_q=4, block_k=8),
+}
+EMPTY = {
+    "B = 0": PRIMES.replace(B=0, Nq=5, Nk=7),
+    "Nq = 0": PRIMES.replace(Nq=0, Nk=7),
+    "Nk = 0": PRIMES.replace(Nq=5, Nk=0),
+    "Nq = Nk = 0": PRIMES.replace(Nq=0, Nk=0),
+}
+HEAD_SIZES = (1, 3, 16, 40, 64, 127, 256)
+TILES = ((2, 3), (1, 64), (64, 1), (8, 16), (16, 8), (37, 53), (36, 52), (38, 54), (1000, 1000))
+
+
+@functools.cache
+def cases(dtypes: tuple[str, ...], tiles: bool) -> tuple[tuple[Problem, str], ...]:
+    """Every size, with and without the mask, in every dtype; the families take turns.
+
+    Standard attention rounds its scores to float16. Large ones are then off by e to the power of
+    ¼, as in the plain formula, but in other rows: no budget says by how much.
+    """
+    turns = itertools.cycle(FAMILIES)
+    found = [
+        (p.replace(causal=causal, dtype=dtype), next(turns))
+        for causal, p in itertools.product((False, True), SIZES.values())
+        for dtype in dtypes
+    ]
+    found += [
+        (PRIMES.replace(causal=causal, dtype=dtype), family)
+        for causal, dtype, family in itertools.product((False, True), dtypes, FAMILIES)
+    ]
+    return tuple(
+        (p, family)
+        for p, family in found
+        if tiles or (p.dtype, family) != ("float16", "large")
+    )
+
+
+def small(subject: Subject) -> Iterator[Problem]:
+    """A few sizes, with and without the mask, for claims that do not turn on numbers."""
+    dtype = subject.dtypes[0]
+    for causal, p in itertools.product((False, True), (PRIMES, GQA, BLIND)):
+        yield p.replace(causal=causal, dtype=dtype)
+
+
+# small tools
+
+
+def bits(x: Array) -> bytes:
+    x = torch.as_tensor(x).detach().contiguous()
+    return x.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(got: Reference, want: Reference) -> None:
+    """The same shapes, dtypes and bits."""
+    for name, x, y in zip(Reference._fields, got, want, strict=True):
+        if x is None and y is None:
+            continue
+        assert x.dtype == y.dtype and x.shape == y.shape, f"{name} changed its shape or dtype"
+        assert bits(x) == bits(y), f"{name} changed"
+
+
+def at(results: Reference, **where: Any) -> Reference:
+    """The part of each result that is named, and no others."""
+    parts = {name: getattr(results, name)[index] for name, index in where.items()
+             if getattr(results, name) is not None}  # fmt: skip
+    return Reference(**{**dict.fromkeys(Reference._fields), **parts})
+
+
+def copies(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(x.copy() if isinstance(x, np.ndarray) else x.clone() for x in arrays)
+
+
+def needs(what: str) -> Callable[[Check], Check]:
+    """Mark a check that is for rungs with `what` only: tiles, lse or backward."""
+
+    def mark(check: Check) -> Check:
+        check.needs = what  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
+
+def claims(subject: Any) -> dict[str, Check]:
+    """Claim → check, for all that apply to this subject or rung."""
+    return {
+        name.removeprefix("check_"): check
+        for name, check in globals().items()
+        if name.startswith("check_") and getattr(subject, getattr(check, "needs", "name"))
+    }
+
+
+# right numbers
+
+
+def check_outputs_match_float64(subject: Subject) -> None:
+    for p, family in cases(subject.dtypes, subject.tiles):
+        with case(family):
+            subject.assert_right(p, subject.draw(p, family)[:3], "o")
+
+
+@needs("lse")
+def check_lse_matches_float64(subject: Subject) -> None:
+    for p, family in cases(subject.dtypes, subject.tiles):
+        with case(family):
+            subject.assert_right(p, subject.draw(p, family)[:3], "lse")
+
+
+@needs("backward")
+def check_gradients_match_float64(subject: Subject) -> None:
+    for p, family in cases(subject.dtypes, subject.tiles):
+        with case(family):
+            subject.assert_right(p, subject.draw(p, family), "dq dk dv")
+
+
+@needs("backward")
+def check_gradients_of_lse_match_float64(subject: Subject) -> None:
+    """d(Σ w lse)/ds = w p."""
+    for p in small(subject):
+        p = p.replace(dtype="float64")
+        q, k, v, do = subject.draw(p)
+        w = do[..., 0]
+        leaves = tuple(x.requires_grad_() for x in (q, k, v))
+        _, lse = subject.attention_with_lse(*leaves, causal=p.causal, **subject.tiles_of(p))
+        dq, dk, dv = torch.autograd.grad(lse, leaves, w)
+        want = reference_of_lse(p, q.detach(), k.detach(), w)
+        with case(p):
+            torch.testing.assert_close((dq, dk), want, rtol=0, atol=1e-13)
+            assert not dv.any(), "lse does not depend on v"
+
+
+def reference_of_lse(p: Problem, q: Array, k: Array, w: Array) -> tuple[Array, Array]:
+    """dq and dk of Σ w lse, a query at a time."""
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+    for h, i in itertools.product(range(p.H), range(p.Nq)):
+        seen = max(0, i + 1 + p.Nk - p.Nq) if p.causal else p.Nk
+        keys = k[:, h // p.group, :seen]
+        ds = torch.softmax(torch.einsum("bd,bkd->bk", q[:, h, i], keys) * p.D**-0.5, -1)
+        ds = ds * w[:, h, i, None] * p.D**-0.5
+        dq[:, h, i] = torch.einsum("bk,bkd->bd", ds, keys)
+        dk[:, h // p.group, :seen] += torch.einsum("bk,bd->bkd", ds, q[:, h, i])
+    return dq, dk
+
+
+def check_every_head_size_is_right(subject: Subject) -> None:
+    for D, causal, dtype in itertools.product(HEAD_SIZES, (False, True), subject.dtypes):
+        p = Problem(B=2, H=3, Nq=17, Nk=19, D=D, dtype=dtype, causal=causal, block_q=8, block_k=4)
+        subject.assert_right(p, subject.draw(p), "o lse dq dk dv")
+
+
+def check_any_scale_is_right(subject: Subject) -> None:
+    for scale, p in itertools.product((0.3, 1, 0, -0.5, np.float32(0.7)), small(subject)):
+        subject.assert_right(p, subject.draw(p), "o lse dq dk dv", scale=scale)
+
+
+def check_scale_defaults_to_one_over_root_d(subject: Subject) -> None:
+    for p in small(subject):
+        inputs = subject.draw(p)
+        assert_same(subject.run(p, *inputs), subject.run(p, *inputs, scale=1 / p.D**0.5))
+
+
+@needs("tiles")
+def check_tile_size_does_not_change_the_result(subject: Subject) -> None:
+    for (block_q, block_k), causal in itertools.product(TILES, (False, True)):
+        p = PRIMES.replace(block_q=block_q, block_k=block_k, causal=causal, dtype="float32")
+        subject.assert_right(p, subject.draw(p, "rising"), "o lse dq dk dv")
+
+
+def check_order_of_keys_does_not_matter(subject: Subject) -> None:
+    for p in small(subject):
+        if p.causal:
+            continue
+        q, k, v, do = subject.draw(p, "peaked")
+        order = np.random.default_rng(1).permutation(p.Nk)
+        back = np.argsort(order)
+        got = subject.run(p, q, k[:, :, order], v[:, :, order], do)
+        if got.dk is not None:
+            got = got._replace(dk=got.dk[:, :, back], dv=got.dv[:, :, back])
+        with case(p):
+            assert_right(got, q, k, v, do)
+
+
+def check_large_logits_stay_finite(subject: Subject) -> None:
+    """Logits of some thousands: e to the power of one is past float64."""
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        p = p.replace(dtype=dtype)
+        q, k, v, do = subject.draw(p)
+        inputs = 40 * q, 40 * k, v, do
+        for name, x in subject.run(p, *inputs)._asdict().items():
+            with case(p, name):
+                allowed = torch.tensor(-torch.inf if name == "lse" and p.causal else 0.0)
+                x = torch.zeros(()) if x is None else torch.as_tensor(x)
+                assert (x.isfinite() | (x == allowed)).all(), f"{name} is not finite"
+
+
+def check_long_sums_keep_their_precision(subject: Subject) -> None:
+    """Sums of 400 equal terms, one a tile: in bfloat16, 256 + 1 is 256."""
+    for dtype, (Nq, Nk) in itertools.product(subject.dtypes, ((2, 400), (400, 2))):
+        if dtype not in ("float16", "bfloat16"):
+            continue
+        p = Problem(Nq=Nq, Nk=Nk, D=3, block_q=1, block_k=1, dtype=dtype)
+        q, k, v, do = subject.draw(p)
+        # Equal scores, as q or k is 0; v and k so that the terms of dq and dk are equal too.
+        q[:], k[:], do[:] = (1, 0, 1) if Nq > Nk else (0, 1, 1)
+        v[:, :, : Nk // 2], v[:, :, Nk // 2 :] = 3, 1
+        k[:, :, Nk // 2 :] *= -1
+        subject.assert_right(p, (q, k, v, do), "o lse dq dk dv")
+
+
+# the mask
+
+
+def check_rows_that_see_no_key_give_zero(subject: Subject) -> None:
+    for dtype, (block_q, block_k) in itertools.product(subject.dtypes, ((4, 4), (16, 5), (64, 64))):
+        p = BLIND.replace(dtype=dtype, block_q=block_q, block_k=block_k)
+        blind = slice(0, p.Nq - p.Nk)
+        got = subject.run(p, *subject.draw(p))
+        with case(p):
+            assert not got.o[:, :, blind].any(), "o is not 0"
+            assert got.o[:, :, p.Nq - p.Nk].all(), "o is 0 for the first row that sees a key"
+            if got.lse is not None:
+                assert (got.lse[:, :, blind] == -torch.inf).all(), "lse is not -inf"
+            if got.dq is not None:
+                assert not got.dq[:, :, blind].any(), "dq is not 0"
+                assert got.dk.isfinite().all() and got.dv.isfinite().all()
+
+
+def check_future_keys_do_not_change_past_outputs(subject: Subject) -> None:
+    for p in small(subject):
+        p = p.replace(causal=True)
+        inputs, others = subject.draw(p), subject.draw(p, seed=1)
+        for first in {0, 1, p.Nk // 2, p.Nk - 1}:
+            past = slice(0, max(0, first - p.Nk + p.Nq))  # queries that see no key ≥ first
+            changed = copies(inputs)
+            for x, other in zip(changed[1:3], others[1:3], strict=True):
+                x[:, :, first:] = other[:, :, first:]
+            where = {"o": np.s_[:, :, past], "lse": np.s_[:, :, past], "dq": np.s_[:, :, past]}
+            with case(p, f"keys from {first} on"):
+                got, want = subject.run(p, *changed), subject.run(p, *inputs)
+                assert_same(at(got, **where), at(want, **where))
+                rest = np.s_[:, :, past.stop :]
+                assert bits(got.o[rest]) != bits(want.o[rest]), "no output saw the change"
+
+
+# heads and batches
+
+
+def check_each_head_reads_its_own_key_head(subject: Subject) -> None:
+    for p, head in itertools.product(small(subject), (0, 1)):
+        others, mine = [h for h in range(p.H) if h // p.group != head], np.s_[:, head * p.group]
+        other_keys = [h for h in range(p.H_kv) if h != head]
+        inputs, fresh = subject.draw(p), subject.draw(p, seed=1)
+        changed = copies(inputs)
+        for x, new in zip(changed[1:3], fresh[1:3], strict=True):
+            x[:, head] = new[:, head]
+        where = dict.fromkeys(("o", "lse", "dq"), np.s_[:, others])
+        where |= dict.fromkeys(("dk", "dv"), np.s_[:, other_keys])
+        with case(p, f"key head {head}"):
+            got, want = subject.run(p, *changed), subject.run(p, *inputs)
+            assert_same(at(got, **where), at(want, **where))
+            assert bits(got.o[mine]) != bits(want.o[mine]), "its own heads did not see the change"
+
+
+def check_batches_do_not_mix(subject: Subject) -> None:
+    for p in small(subject):
+        inputs, fresh = subject.draw(p), subject.draw(p, seed=1)
+        changed = copies(inputs)
+        for x, new in zip(changed, fresh, strict=True):
+            x[0] = new[0]
+        rest = dict.fromkeys(Reference._fields, np.s_[1:])
+        with case(p):
+            got, want = subject.run(p, *changed), subject.run(p, *inputs)
+            assert_same(at(got, **rest), at(want, **rest))
+
+
+# memory
+
+
+def check_empty_inputs_work(subject: Subject) -> None:
+    for (name, p), causal, dtype in itertools.product(
+        EMPTY.items(), (False, True), subject.dtypes
+    ):
+        p = p.replace(causal=causal, dtype=dtype)
+        inputs = subject.draw(p)
+        got = subject.run(p, *inputs)
+        with case(name, p):
+            assert got.o.shape == inputs[0].shape
+            assert not got.o.any(), "o is not 0"
+            if got.lse is not None:
+                assert (got.lse == -torch.inf).all(), "lse is not -inf"
+            for gradient, x in zip(got[2:], inputs, strict=False):
+                if gradient is not None:
+                    assert gradient.shape == x.shape and not gradient.any()
+
+
+def views(x: Array) -> Iterator[tuple[str, Array]]:
+    """The values of x under other strides."""
+    if isinstance(x, np.ndarray):
+        yield "heads after rows", np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+        yield "columns first", np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3)
+        yield "negative strides", x[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1]
+        yield "read-only", np.broadcast_to(x, x.shape)
+        wide = np.repeat(x, 2, -1)
+    else:
+        yield "heads after rows", x.transpose(1, 2).contiguous().transpose(1, 2)
+        yield "columns first", x.mT.contiguous().mT
+        wide = x.repeat_interleave(2, -1)
+    yield "every other column", wide[..., ::2]
+
+
+def check_strides_do_not_matter(subject: Subject) -> None:
+    for p in small(subject):
+        inputs = subject.draw(p)
+        for views_of_inputs in zip(*(views(x) for x in inputs), strict=True):
+            with case(views_of_inputs[0][0]):
+                got = subject.run(p, *(x for _, x in views_of_inputs))
+                assert_right(got, *inputs, causal=p.causal)
+
+
+def check_expanded_inputs_work(subject: Subject) -> None:
+    """One batch in memory, many by a stride of 0."""
+    for p in small(subject):
+        one = subject.draw(p.replace(B=1))
+        shapes = [(p.B, *x.shape[1:]) for x in one]
+        expand = np.broadcast_to if subject.framework == "numpy" else torch.Tensor.expand
+        inputs = tuple(expand(x, shape) for x, shape in zip(one, shapes, strict=True))
+        with case(p):
+            got = subject.run(p, *inputs)
+            assert_right(got, *copies(inputs), causal=p.causal)
+
+
+def check_inputs_are_not_modified(subject: Subject) -> None:
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        inputs = subject.draw(p.replace(dtype=dtype))
+        before = [bits(x) for x in inputs]
+        subject.run(p, *inputs)
+        with case(p):
+            for name, x, old in zip(("q", "k", "v", "do"), inputs, before, strict=True):
+                assert bits(x) == old, f"{name} was modified"
+
+
+def check_results_look_like_their_inputs(subject: Subject) -> None:
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        q, k, v, do = subject.draw(p.replace(dtype=dtype))
+        got = subject.run(p, q, k, v, do)
+        pairs = {"o": (got.o, q), "dq": (got.dq, q), "dk": (got.dk, k), "dv": (got.dv, v)}
+        for name, (x, like) in pairs.items():
+            if x is None:
+                continue
+            with case(p, name):
+                assert type(x) is type(like)
+                assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+        if got.lse is not None:
+            wide = torch.float64 if dtype == "float64" else torch.float32
+            assert got.lse.dtype == wide and got.lse.shape == q.shape[:3]
+
+
+def check_every_value_is_written(subject: Subject) -> None:
+    """All memory that a stage asks for starts as NaN."""
+
+    def poisoned(shape: tuple[int, ...], like: Array, dtype: Any) -> Array:
+        x = empty(shape, like, dtype)
+        x[...] = float("nan")
+        return x
+
+    empty = hbm.empty
+    with mock.patch.object(hbm, "empty", poisoned):
+        for p in itertools.chain(small(subject), EMPTY.values()):
+            for name, x in subject.run(p, *subject.draw(p))._asdict().items():
+                if x is not None:
+                    with case(p):
+                        assert not torch.as_tensor(x).isnan().any(), f"{name} has unwritten values"
+
+
+# running and counting
+
+
+def check_two_runs_give_the_same_bits(subject: Subject) -> None:
+    for p in small(subject):
+        inputs = subject.draw(p)
+        with case(p):
+            assert_same(subject.run(p, *inputs), subject.run(p, *inputs))
+
+
+def check_counting_does_not_change_a_bit(subject: Subject) -> None:
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        inputs = subject.draw(p.replace(dtype=dtype))
+        want = subject.run(p, *inputs)
+        for machine in (Machine(), Machine(trace=False), Machine(sram_bytes=2**30)):
+            with case(p):
+                assert_same(subject.run(p, *inputs, machine=machine), want)
+
+
+def check_counted_bytes_are_the_closed_form(subject: Subject) -> None:
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        p = p.replace(dtype=dtype)
+        q, k, v, do = subject.draw(p)
+        machine = Machine()
+        subject.run(p, q, k, v, machine=machine)
+        with case(p):
+            assert machine.counted == cost.FORWARD[subject.name](p)
+
+
+@needs("backward")
+def check_counted_bytes_of_the_backward_are_the_closed_form(subject: Subject) -> None:
+    for p, dtype in itertools.product(small(subject), subject.dtypes):
+        p = p.replace(dtype=dtype)
+        machine = Machine(trace=False)
+        subject.run(p, *subject.draw(p), machine=machine)
+        with case(p):
+            both = cost.FORWARD[subject.name](p) + cost.BACKWARD[subject.name](p)
+            assert machine.counted == both
+
+
+@needs("tiles")
+def check_tile_sizes_may_be_numpy_integers(subject: Subject) -> None:
+    p = Problem(Nq=150, Nk=150, D=3, dtype="float32", block_q=100, block_k=100)
+    inputs = subject.draw(p)
+    blocks = {"block_q": np.int8(100), "block_k": np.int8(100)}
+    assert_same(subject.run(p, *inputs, **blocks), subject.run(p, *inputs))
+
+
+@needs("lse")
+def check_attention_is_the_first_result_of_attention_with_lse(subject: Subject) -> None:
+    for p in small(subject):
+        q, k, v, _ = subject.draw(p)
+        o = subject.attention(q, k, v, causal=p.causal, **subject.tiles_of(p))
+        assert_same(Reference(o, None), subject.run(p, q, k, v)._replace(lse=None))
+
+
+# what does not fit
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that the contract forbids, and what the message must hold."""
+
+    changes: dict[str, Any]  # of the good call
+    error: type[Exception]
+    words: tuple[str, ...]  # the argument, what came
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def good_call(framework: str) -> dict[str, Any]:
+    p = Problem(B=2, H=6, H_kv=3, Nq=5, Nk=7, D=8, dtype="float32")
+    q, k, v, _ = draw(p, framework=framework)
+    return {"q": q, "k": k, "v": v}
+
+
+def bad_calls(subject: Any) -> dict[str, Bad]:
+    """Id → call, for a subject or a rung."""
+    found: dict[str, Bad] = {}
+
+    def add(title: str, changes: dict[str, Any], error: type[Exception], *words: str) -> None:
+        assert title not in found
+        found[title] = Bad(changes, error, words)
+
+    def array(*shape: int, dtype: str = "float32") -> Array:
+        if subject.framework == "numpy":
+            return np.zeros(shape, dtype)
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+    good = good_call(subject.framework)
+    foreign, its_name = {
+        "numpy": (torch.zeros(2, 6, 5, 8), "torch.Tensor"),
+        "torch": (np.zeros((2, 6, 5, 8), "float32"), "numpy.ndarray"),
+    }[subject.framework]
+    for name, x in good.items():
+        for other, kind in ((x.tolist(), "list"), (None, "NoneType"), (foreign, its_name)):
+            add(f"{name} is a {kind}", {name: other}, TypeError, f"{name} must be", f"got {kind}")
+        for other in (x[0], x[0, 0], x[None], x.sum()):
+            shape = str(tuple(other.shape))
+            # a NumPy sum is a scalar, no array
+            error = ValueError if hasattr(other, "swapaxes") and not np.isscalar(other) else TypeError
+            add(f"{name} has {other.ndim} dimensions", {name: other}, error, f"{name} must",
+                shape if error is ValueError else "float32")  # fmt: skip
+        for dtype in ("int64", "bool", "complex64"):
+            other = array(*x.shape, dtype=dtype)
+            add(f"{name} is {dtype}", {name: other}, TypeError, f"{name} must", f"got {dtype}")
+        if name == "q":
+            continue
+        add(f"{name} is float64", {name: array(*x.shape, dtype="float64")}, TypeError,
+            f"{name} must have the dtype of q, float32", "got float64")  # fmt: skip
+        add(f"{name} has another B", {name: array(3, 3, 7, 8)}, ValueError,
+            f"{name} must", "B=2", "B=3")  # fmt: skip
+        add(f"{name} has another D", {name: array(2, 3, 7, 9)}, ValueError,
+            f"{name} must", "D=8", "D=9")  # fmt: skip
+        if subject.framework == "torch":
+            add(f"{name} is on another device", {name: x.to("meta")}, ValueError,
+                f"{name} must be on the device of q, cpu", "got meta")  # fmt: skip
+
+    if subject.framework == "numpy":
+        add("q is big-endian", {"q": good["q"].astype(">f4")}, TypeError, "q must", "got >f4")
+    else:
+        add("q is float8", {"q": good["q"].to(torch.float8_e5m2)}, TypeError, "q must",
+            "got float8_e5m2")  # fmt: skip
+    add("v has another Nk", {"v": array(2, 3, 6, 8)}, ValueError, "v must", "(2, 3, 7, 8)",
+        "got (2, 3, 6, 8)")  # fmt: skip
+    add("v has other heads", {"v": array(2, 6, 7, 8)}, ValueError, "v must", "got (2, 6, 7, 8)")
+    for H, H_kv in ((6, 4), (3, 6), (6, 0), (0, 3), (0, 0)):
+        kv = array(2, H_kv, 7, 8)
+        add(f"{H} heads and {H_kv} key heads", {"q": array(2, H, 5, 8), "k": kv, "v": kv},
+            ValueError, "q must", f"H_kv={H_kv}", f"got H={H}")  # fmt: skip
+    for D in (0, contract.MAX_D + 1):
+        kv = array(2, 3, 7, D)
+        add(f"D = {D}", {"q": array(2, 6, 5, D), "k": kv, "v": kv}, ValueError, "q must",
+            str(contract.MAX_D), f"got D={D}")  # fmt: skip
+    for causal in (1, 0, None, "yes"):
+        add(f"causal = {causal!r}", {"causal": causal}, TypeError, "causal must", "True or False",
+            f"got {causal!r}")  # fmt: skip
+    for scale in ("x", True, 1j, [0.5]):
+        add(f"scale = {scale!r}", {"scale": scale}, TypeError, "scale must", "None",
+            f"got {scale!r}")  # fmt: skip
+    for scale in (float("nan"), float("inf"), float("-inf")):
+        add(f"scale = {scale}", {"scale": scale}, ValueError, "scale must", "None", f"got {scale}")
+    if subject.tiles:
+        for name, block in itertools.product(("block_q", "block_k"), (2.5, True, "64", None)):
+            add(f"{name} = {block!r}", {name: block}, TypeError, f"{name} must", "1 or more",
+                f"got {block!r}")  # fmt: skip
+        for name, block in itertools.product(("block_q", "block_k"), (0, -1)):
+            add(f"{name} = {block}", {name: block}, ValueError, f"{name} must", "1 or more",
+                f"got {block}")  # fmt: skip
+    return found

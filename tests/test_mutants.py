@@ -1,0 +1,327 @@
+"""The suite can tell right from wrong: each classic mistake fails the check that is there for it.
+
+A mutant is a stage with a few words of its source replaced. MUTANTS is a table to read: the
+mistake, the words, and the claim that it breaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from flashedu.memory import Problem, machine
+from flashedu.stages import rung
+from flashedu.stages.reference import Reference
+from flashedu.testing import draw, errors
+from tests import contract
+from tests.contract import Array, Subject, claims
+
+
+@dataclass(frozen=True)
+class Mutant:
+    stage: str
+    mistake: str
+    caught_by: str  # a claim of tests/contract.py
+    old: str
+    new: str
+    and_also: tuple[tuple[str, str], ...] = ()  # further words to replace
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.mistake}"
+
+    @property
+    def changes(self) -> tuple[tuple[str, str], ...]:
+        return ((self.old, self.new), *self.and_also)
+
+
+def mutated(name: str, changes: tuple[tuple[str, str], ...]) -> ModuleType:
+    """The module of that name with its source changed, beside the real one."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {name}"
+        source = source.replace(old, new)
+    module = ModuleType(name)
+    exec(compile(source, f"<mutant of {name}>", "exec"), module.__dict__)
+    return module
+
+
+def stage_with(name: str, changes: tuple[tuple[str, str], ...] = ()) -> Subject:
+    return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes))
+
+
+OUTPUTS, LSE, GRADIENTS = (
+    "outputs_match_float64",
+    "lse_matches_float64",
+    "gradients_match_float64",
+)
+BLIND = "rows_that_see_no_key_give_zero"
+LARGE = "large_logits_stay_finite"
+FUTURE = "future_keys_do_not_change_past_outputs"
+HEADS = "each_head_reads_its_own_key_head"
+LONG = "long_sums_keep_their_precision"
+ANY_SCALE = "any_scale_is_right"
+TILES = "tile_size_does_not_change_the_result"
+WRITTEN = "every_value_is_written"
+COUNTED = "counted_bytes_are_the_closed_form"
+COUNTED_BACKWARD = "counted_bytes_of_the_backward_are_the_closed_form"
+
+_online_head = "return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED)"
+_K, _V = (f'{n.upper()} = hbm.array("{n}", {n}, shared_by=problem.group)' for n in "kv")
+_mixed = "hbm.array('{0}', np.tile({0}, (1, problem.group, 1, 1)))"
+_mixed_torch = "hbm.array('{0}', {0}.repeat(1, problem.group, 1, 1))"
+
+MUTANTS = [
+    # naive
+    Mutant("naive", "the mask is off by one: a key too many", FUTURE,
+           "np.tri(Nq, Nk, Nk - Nq,", "np.tri(Nq, Nk, Nk - Nq + 1,"),
+    Mutant("naive", "the mask is off by one: a key too few", OUTPUTS,
+           "np.tri(Nq, Nk, Nk - Nq,", "np.tri(Nq, Nk, Nk - Nq - 1,"),
+    Mutant("naive", "the mask is aligned top-left", OUTPUTS,
+           "np.tri(Nq, Nk, Nk - Nq,", "np.tri(Nq, Nk, 0,"),
+    Mutant("naive", "no mask", FUTURE, "if problem.causal:", "if False:"),
+    Mutant("naive", "no maximum subtracted", LARGE, "p = np.exp(s - m)", "p = np.exp(s)"),
+    Mutant("naive", "softmax over the queries", OUTPUTS,
+           "l = p.sum(axis=-1, keepdims=True)", "l = p.sum(axis=-2, keepdims=True)"),
+    Mutant("naive", "scale is 1/D", OUTPUTS, "s = scale * matmul(Q", "s = 1 / problem.D * matmul(Q"),
+    Mutant("naive", "the caller's scale is ignored", ANY_SCALE,
+           "s = scale * matmul(Q", "s = problem.D**-0.5 * matmul(Q"),
+    Mutant("naive", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "initial=LOWEST", "initial=-np.inf"),
+    Mutant("naive", "query heads matched with the wrong key heads", HEADS,
+           f'Q = hbm.array("q", q)\n    {_K}', f'Q = hbm.array("q", q); K = {_mixed.format("k")}',
+           ((f"{_V}\n    S", f"V = {_mixed.format('v')}\n    S"),)),
+    # tiled
+    Mutant("tiled", "no maximum pass", LARGE,
+           "m_i = np.maximum(m_i, s_ij.max(axis=-1, keepdims=True))", "m_i = np.zeros_like(m_i)"),
+    Mutant("tiled", "the maximum of the last tile, not of the row", LARGE,
+           "m_i = np.maximum(m_i, s_ij.max(axis=-1, keepdims=True))",
+           "m_i = np.maximum(LOWEST, s_ij.max(axis=-1, keepdims=True))"),
+    Mutant("tiled", "the sum of the last tile, not of the row", OUTPUTS,
+           "l_i = l_i + np.exp(", "l_i = np.exp("),
+    Mutant("tiled", "the output of the last tile, not of the row", OUTPUTS,
+           "o_i = o_i + matmul", "o_i = matmul"),
+    Mutant("tiled", "the last tile of keys is left out", OUTPUTS,
+           "if causal else Nk\n", "if causal else Nk - problem.block_k\n"),
+    Mutant("tiled", "keys that do not fill a tile are left out", OUTPUTS,
+           "if causal else Nk\n", "if causal else Nk // problem.block_k * problem.block_k\n"),
+    Mutant("tiled", "the mask is off by one: a key too many", FUTURE,
+           "keys <= queries[:, None] + Nk - Nq", "keys <= queries[:, None] + Nk - Nq + 1"),
+    Mutant("tiled", "the mask is off by one: a key too few", OUTPUTS,
+           "keys <= queries[:, None] + Nk - Nq", "keys < queries[:, None] + Nk - Nq"),
+    Mutant("tiled", "a diagonal tile is left out", OUTPUTS,
+           "max(0, i.stop + Nk - Nq) if causal", "max(0, i.start + Nk - Nq) if causal"),
+    Mutant("tiled", "scale is 1/D", OUTPUTS, "s_ij = scale *", "s_ij = 1 / problem.D *"),
+    Mutant("tiled", "no scale", OUTPUTS, "s_ij = scale * matmul", "s_ij = matmul"),
+    Mutant("tiled", "divided by a sum of 0", BLIND, "l_i = np.where(l_i == 0, 1, l_i)",
+           "pass"),
+    Mutant("tiled", "query heads matched with the wrong key heads", HEADS,
+           _K, "K = " + _mixed.format("k"), ((_V, "V = " + _mixed.format("v")),)),
+    Mutant("tiled", "the last query tile is not stored", WRITTEN,
+           "            O.store(i, o_i)", "            if i.stop < Nq: O.store(i, o_i)"),
+    # online, forward
+    Mutant("online", "acc is not rescaled", OUTPUTS, "acc_i = alpha * acc_i + ", "acc_i = acc_i + "),
+    Mutant("online", "l is not rescaled", OUTPUTS, "l_i = alpha * l_i + ", "l_i = l_i + "),
+    Mutant("online", "acc is rescaled by the wrong sign", OUTPUTS,
+           "alpha = torch.exp(m_i - m_new)", "alpha = torch.exp(m_new - m_i)"),
+    Mutant("online", "no maximum subtracted", LARGE,
+           "m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))", "m_new = torch.zeros_like(m_i)"),
+    Mutant("online", "the maximum of the tile, not of the row so far", OUTPUTS,
+           "m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))",
+           "m_new = s_ij.amax(-1, keepdim=True).clamp(min=LOWEST)"),
+    Mutant("online", "the last tile of keys is left out", OUTPUTS,
+           "if causal else Nk\n", "if causal else Nk - problem.block_k\n"),
+    Mutant("online", "keys that do not fill a tile are left out", TILES,
+           "if causal else Nk\n", "if causal else Nk // problem.block_k * problem.block_k\n"),
+    Mutant("online", "the mask is off by one: a key too many", FUTURE,
+           "return keys > queries", "return keys > 1 + queries"),
+    Mutant("online", "the mask is off by one: a key too few", OUTPUTS,
+           "return keys > queries", "return keys >= queries"),
+    Mutant("online", "the mask is aligned top-left", OUTPUTS,
+           "queries + problem.Nk - problem.Nq", "queries"),
+    Mutant("online", "scale is 1/D", OUTPUTS,
+           _online_head, _online_head.replace("scale", "1 / problem.D")),
+    Mutant("online", "the caller's scale is ignored", ANY_SCALE,
+           _online_head, _online_head.replace("scale", "problem.D**-0.5")),
+    Mutant("online", "divided by a sum of 0", BLIND,
+           "acc_i / torch.where(l_i == 0, 1, l_i)", "acc_i / l_i"),
+    Mutant("online", "not divided by the sum", OUTPUTS,
+           "acc_i / torch.where(l_i == 0, 1, l_i)", "acc_i"),
+    Mutant("online", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "m_i = torch.full_like(q_i[..., :1], LOWEST)",
+           "m_i = torch.full_like(q_i[..., :1], -torch.inf)"),
+    Mutant("online", "acc in the precision of the inputs", LONG,
+           "acc_i = alpha * acc_i + matmul(p_ij, v_j)",
+           "acc_i = (alpha * acc_i + matmul(p_ij, v_j)).to(q.dtype).to(acc_i.dtype)"),
+    Mutant("online", "l in the precision of the inputs", LONG,
+           "l_i = alpha * l_i + p_ij.sum(-1, keepdim=True)",
+           "l_i = (alpha * l_i + p_ij.sum(-1, keepdim=True)).to(q.dtype).to(l_i.dtype)"),
+    Mutant("online", "query heads matched with the wrong key heads", HEADS,
+           _K, "K = " + _mixed_torch.format("k"), ((_V, "V = " + _mixed_torch.format("v")),)),
+    Mutant("online", "lse in base 2", LSE, "m_i + torch.log(l_i)", "m_i + torch.log2(l_i)"),
+    Mutant("online", "lse without the maximum", LSE, "m_i + torch.log(l_i)", "torch.log(l_i)"),
+    # online, backward
+    Mutant("online", "delta left out", GRADIENTS,
+           "ds_ij = p_ij * (dp_ij - delta_i)", "ds_ij = p_ij * dp_ij"),
+    Mutant("online", "the gradient of lse left out", "gradients_of_lse_match_float64",
+           "if dlse is not None:", "if False:"),
+    Mutant("online", "the gradient of lse added, not subtracted", "gradients_of_lse_match_float64",
+           "delta_i - dlse", "delta_i + dlse"),
+    Mutant("online", "dk is not scaled", GRADIENTS, "dk_j + scale * matmul", "dk_j + matmul"),
+    Mutant("online", "dq is not scaled", GRADIENTS,
+           "+ scale * matmul(ds_ij, k_j)", "+ matmul(ds_ij, k_j)"),
+    Mutant("online", "dq of the last key tile, not of all", GRADIENTS,
+           "dq_i = DQ_SUM.load(i, heads) + scale", "dq_i = scale"),
+    Mutant("online", "dq summed in the precision of the inputs", LONG,
+           "DQ_SUM.store(i, dq_i, heads)", "DQ_SUM.store(i, dq_i.to(q.dtype), heads)"),
+    Mutant("online", "dv summed in the precision of the inputs", LONG,
+           "dv_j = dv_j + matmul(p_ij.mT, do_i)",
+           "dv_j = (dv_j + matmul(p_ij.mT, do_i)).to(q.dtype).to(dv_j.dtype)"),
+    Mutant("online", "dk averaged over the heads of a group, not summed", GRADIENTS,
+           "            DK.store(j, dk_j)", "            DK.store(j, dk_j / problem.group)"),
+    Mutant("online", "the backward matches the wrong heads", GRADIENTS,
+           "slice(g, None, problem.group)", "slice(g * problem.H_kv, (g + 1) * problem.H_kv)"),
+    Mutant("online", "the backward has no mask", GRADIENTS,
+           "                    if problem.causal:\n", "                    if False:\n"),
+    Mutant("online", "the backward leaves out the diagonal tile", GRADIENTS,
+           "max(0, j.start - (Nk - Nq)) if problem.causal",
+           "max(0, j.stop - (Nk - Nq)) if problem.causal"),
+    Mutant("online", "a row with no key gives NaN gradients", BLIND,
+           "torch.where(lse_i == -torch.inf, torch.inf, lse_i)", "lse_i"),
+    Mutant("online", "dp from do and k", GRADIENTS, "matmul(do_i, v_j.mT)", "matmul(do_i, k_j.mT)"),
+    Mutant("online", "the sum of dq does not start at 0", WRITTEN,
+           "DQ_SUM.store(slice(0, Nq), 0)", "pass"),
+    # what is counted
+    Mutant("online", "k is read twice for each tile", COUNTED,
+           "k_j, v_j = K.load(j), V.load(j)  # (B, H, block_k, D)",
+           "k_j, v_j = K.load(j), V.load(j); K.load(j)"),
+    Mutant("online", "a store past the counter", COUNTED, "O.store(i, acc_i /",
+           "O.data.__setitem__((..., i, slice(None)), acc_i /"),
+    Mutant("online", "a product past the counter", COUNTED, "acc_i + matmul(p_ij, v_j)", "acc_i + p_ij @ v_j"),
+    Mutant("online", "lse in 2 bytes", COUNTED,
+           'LSE = hbm.scratch("lse", (*q.shape[:3], 1), like=q, dtype=acc_dtype(q))',
+           'LSE = hbm.scratch("lse", (*q.shape[:3], 1), like=q)'),
+    Mutant("online", "tiles that all queries are too early for are read", COUNTED,
+           "keys_seen = max(0, i.stop + Nk - Nq) if causal else Nk", "keys_seen = Nk"),
+    Mutant("online", "a tile that has no place in SRAM", COUNTED,
+           "                sram.hold(s_ij=s_ij)\n", ""),
+    Mutant("online", "dq read and written for hidden tiles too", COUNTED_BACKWARD,
+           "max(0, j.start - (Nk - Nq)) if problem.causal else 0", "0"),
+    Mutant("naive", "S read once more", COUNTED, "s = S.load()", "s = S.load(); S.load()"),
+    Mutant("tiled", "four passes over k", COUNTED,
+           "l_i = np.where(l_i == 0, 1, l_i)",
+           "l_i = np.where(l_i == 0, 1, l_i); [K.load(j) for j in sram.tiles(Nk, problem.block_k)]"),
+]  # fmt: skip
+
+
+# Mistakes in the counters themselves: module of flashedu.memory, the class to swap, the words.
+COUNTERS = [
+    ("hbm", "HBM", "float16 counted as 4 bytes", "self._d * data.dtype.itemsize", "self._d * 4"),
+    ("hbm", "HBM", "stores are not counted",
+     'self._machine.count("store", self, rows, self._bytes_of(rows, heads))', "pass"),
+    ("hbm", "HBM", "one program counted for all that share a head",
+     "self._heads = heads * shared_by", "self._heads = heads"),
+    ("hbm", "HBM", "scratch memory is not counted",
+     "self.extra_bytes += x._n * x._all_row_bytes", "pass"),
+    ("sram", "SRAM", "tiles are never freed",
+     "self.used_bytes -= self.live.pop(name).bytes", "self.live.pop(name)"),
+    ("sram", "SRAM", "a tile in the place of an old one counts twice",
+     "(old.bytes if old else 0)", "0"),
+    ("machine", "Machine", "a multiply-add counted as 1", "self.flops += 2 *", "self.flops += 1 *"),
+]  # fmt: skip
+
+
+def assert_caught(subject: Subject, claim: str) -> None:
+    """Under the check of that claim the subject fails, and by an assertion."""
+    check = claims(subject)[claim]
+    with pytest.raises(AssertionError):
+        check(subject)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a mutant may overflow or divide by 0
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_caught(mutant: Mutant) -> None:
+    assert_caught(stage_with(mutant.stage, mutant.changes), mutant.caught_by)
+
+
+@pytest.mark.parametrize("stage", sorted({m.stage for m in MUTANTS}))
+def test_the_same_mechanism_passes_the_stage_itself(stage: str) -> None:
+    subject = stage_with(stage)
+    for claim in (OUTPUTS, HEADS, COUNTED):
+        claims(subject)[claim](subject)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "old", "new"),
+    [pytest.param(m, n, old, new, id=f"{m}: {mistake}") for m, n, mistake, old, new in COUNTERS],
+)
+def test_a_wrong_counter_is_caught(module: str, name: str, old: str, new: str) -> None:
+    wrong = getattr(mutated(f"flashedu.memory.{module}", ((old, new),)), name)
+    where = contract if name == "Machine" else machine
+    with mock.patch.object(where, name, wrong):
+        assert_caught(Subject.of(rung("online")), COUNTED)
+
+
+def test_the_same_mechanism_passes_the_counters_themselves() -> None:
+    for module, name in {(m, n) for m, n, *_ in COUNTERS}:
+        where = contract if name == "Machine" else machine
+        same = getattr(mutated(f"flashedu.memory.{module}", ()), name)
+        with mock.patch.object(where, name, same):
+            subject = Subject.of(rung("online"))
+            claims(subject)[COUNTED](subject)
+
+
+# mistakes that need no source: whole functions
+
+
+def ignores_q_and_k(q: Array, k: Array, v: Array, **options: object) -> Array:
+    """The mean of v."""
+    group = q.shape[1] // k.shape[1]
+    mean = v.mean(axis=2, keepdims=True).repeat(group, axis=1)
+    return np.broadcast_to(mean, q.shape).astype(q.dtype)
+
+
+def skips_the_last_64_keys(q: Array, k: Array, v: Array, **options: object) -> Array:
+    return rung("tiled").load().attention(q, k[:, :, :-64], v[:, :, :-64], **options)
+
+
+IMPOSTORS = [ignores_q_and_k, skips_the_last_64_keys]
+every_impostor = pytest.mark.parametrize("impostor", IMPOSTORS, ids=lambda f: f.__name__)
+
+
+@every_impostor
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the mean of no values
+def test_impostor_is_caught(impostor) -> None:
+    subject = dataclasses.replace(Subject.of(rung("tiled")), attention=impostor)
+    assert_caught(subject, OUTPUTS)
+
+
+@every_impostor
+def test_a_loose_tolerance_on_many_normal_inputs_passes_an_impostor(impostor) -> None:
+    """With N keys an output is about 1/√N, and so is its error: 1e-2 says nothing."""
+    p = Problem(Nq=4, Nk=2**18, D=4, dtype="float32", block_k=2**14)
+    q, k, v, _ = draw(p)
+    wrong = impostor(q, k, v)
+    right = rung("tiled").load().attention(q, k, v, block_k=p.block_k)
+    np.testing.assert_allclose(wrong, right, atol=1e-2, rtol=1e-2)
+    assert not errors(Reference(wrong, None), q, k, v)["o"].within
+    assert errors(Reference(right, None), q, k, v)["o"].within
+
+
+def test_small_inputs_pass_who_ignores_q_and_k_even_at_1e_4() -> None:
+    """Uniform in ±1/√D, as serving engines draw them: all the scores are nearly 0."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.uniform(-1, 1, (1, 4, 512, 64)).astype("float32") / 8 for _ in range(3))
+    wrong = ignores_q_and_k(q, k, v)
+    right = rung("tiled").load().attention(q, k, v)
+    np.testing.assert_allclose(wrong, right, atol=1e-4, rtol=0)
+    assert not errors(Reference(wrong, None), q, k, v)["o"].within
+    assert errors(Reference(right, None), q, k, v)["o"].within

@@ -1,0 +1,48 @@
+"""What the README shows is what the code does now."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import readme
+
+
+def test_the_ladder_table_and_the_picture_are_those_of_the_code():
+    assert readme.stale() == []
+
+
+def test_a_changed_table_is_found(monkeypatch, tmp_path):
+    copy = tmp_path / "README.md"
+    text = readme.README.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `naive`"))
+    copy.write_text(text.replace(row, re.sub(r"\d", "7", row)), encoding="utf-8")
+    monkeypatch.setattr(readme, "README", copy)
+    assert any("table is stale" in sentence for sentence in readme.stale())
+
+
+def test_a_picture_of_other_bytes_is_found(monkeypatch):
+    monkeypatch.setattr(readme, "PROBLEM", readme.PROBLEM.replace(Nq=64))
+    assert any("traffic.png is stale" in sentence for sentence in readme.stale())
+
+
+def test_links_lead_to_files():
+    text = readme.README.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    for link in links:
+        assert (readme.ROOT / link).exists(), f"README.md links to {link}, which is not there"
+
+
+@pytest.fixture(scope="module")
+def lecture_example():
+    text = readme.README.read_text(encoding="utf-8")
+    return re.search(r"```python\n(.*?)```", text, re.S).group(1)
+
+
+def test_the_example_for_a_lecture_runs(lecture_example):
+    done = subprocess.run([sys.executable, "-c", lecture_example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
