@@ -37,9 +37,10 @@ lab: $(READY) ## open the notebooks in JupyterLab (LAB_ARGS=... adds options)
 		--KernelManager.transport_encryption=auto \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-# loadscope keeps the cells of a notebook together and in order.
+# loadscope keeps the cells of a notebook together and in order. One thread for each of the two
+# workers: more would wait for one another.
 test: $(READY) ## run all tests and re-run every notebook (PYTEST_ARGS=... adds options)
-	$(PY) -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=120 \
 		-n 2 --dist loadscope $(PYTEST_ARGS)
 
 notebooks: $(READY) ## execute the chapters and store them (CHAPTERS="01 03" picks some)

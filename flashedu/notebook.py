@@ -20,7 +20,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
     """A table; numbers of thousands get separators, and all but the first column stand right."""
 
     def cell(value: Any) -> str:
-        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return (
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        )
 
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return Markdown("\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines))

@@ -89,9 +89,7 @@ def errors(
     return found
 
 
-def assert_right(
-    got: Reference, q: Any, k: Any, v: Any, do: Any = None, **options: Any
-) -> None:
+def assert_right(got: Reference, q: Any, k: Any, v: Any, do: Any = None, **options: Any) -> None:
     """Raise AssertionError, with a sentence, unless every result in `got` is within budget."""
     for name, (error, budget) in errors(got, q, k, v, do, **options).items():
         assert error <= budget, (
@@ -169,7 +167,9 @@ def _terms(
     if do is not None:
         do = torch.as_tensor(do).detach().double().abs()
         ds = p * (do @ v.mT + (do * exact.o.abs()).sum(-1, keepdim=True))
-        dk, dv = (x.reshape(B, H_kv, H // H_kv, Nk, D).sum(2) for x in (scale * ds.mT @ q, p.mT @ do))
+        dk, dv = (
+            x.reshape(B, H_kv, H // H_kv, Nk, D).sum(2) for x in (scale * ds.mT @ q, p.mT @ do)
+        )
         terms |= {"dq": scale * ds @ k, "dk": dk, "dv": dv}
     return terms
 

@@ -70,7 +70,9 @@ q = torch.ones(1, 1, 1, 1)
 
 machine = Machine(watch=["m_i", "l_i", "acc_i"])
 o = online.attention(q, k, v, scale=1.0, block_q=1, block_k=2, machine=machine)
-m, l, acc = ([tile.item() for tile in machine.watched[name][1:]] for name in ("m_i", "l_i", "acc_i"))
+m, l, acc = (
+    [tile.item() for tile in machine.watched[name][1:]] for name in ("m_i", "l_i", "acc_i")
+)
 
 table(["after keys", "scores", "m", "l", "acc"],
       [("1, 2", "1, 3", *(f"{x[0]:.4f}" for x in (m, l, acc))),
@@ -96,7 +98,9 @@ _, k, v, _ = draw(row, "rising", framework="torch", seed=3)
 machine = Machine(watch=["m_i", "l_i"])
 online.attention(q, k, v, scale=1.0, block_q=1, block_k=4, machine=machine)
 m, l = ([tile.item() for tile in machine.watched[name][1:]] for name in ("m_i", "l_i"))
-fig = plots.running_state(k.flatten().tolist(), m, l, 4, "m never falls; l counts from the newest m")
+fig = plots.running_state(
+    k.flatten().tolist(), m, l, 4, "m never falls; l counts from the newest m"
+)
 
 # %% [markdown]
 # *Figure 1. While the maximum stands still, the sum grows. Where it jumps, what was summed before is scaled
@@ -108,6 +112,7 @@ fig = plots.running_state(k.flatten().tolist(), m, l, 4, "m never falls; l count
 # **associative**: any order, and any grouping, gives the same result. So parts of a row may go to
 # different processors, and later chapters send them there. Here three parts merge from the left and
 # from the right.
+
 
 # %%
 def merge(a, b):

@@ -30,7 +30,9 @@ problem = Problem(Nq=1024, D=64, dtype="float32")
 q, k, v, do = draw(problem, framework="torch")
 standard_bytes = saved_bytes(lambda q, k, v: torch.softmax(q @ k.mT / 8, -1) @ v, q, k, v)
 online_bytes = saved_bytes(online.attention, q, k, v)
-print(f"standard attention keeps {standard_bytes / 2**10:,.0f} KiB, of which P: {1024**2 * 4 / 2**10:,.0f}")
+print(
+    f"standard attention keeps {standard_bytes / 2**10:,.0f} KiB, of which P: {1024**2 * 4 / 2**10:,.0f}"
+)
 print(f"the stage online keeps   {online_bytes / 2**10:,.0f} KiB: q, k, v, o and lse")
 
 # %% [markdown]
@@ -76,7 +78,9 @@ dk = scale * ds.T @ q
 by_autograd = {"dv": (dv, v_.grad), "dp": (dp, p_.grad), "ds": (ds, s_.grad), "dq": (dq, q_.grad), "dk": (dk, k_.grad)}  # fmt: skip
 by_autograd["delta"] = (delta, (p_.grad * p).sum(-1, keepdim=True))
 for name, (ours, autograds) in by_autograd.items():
-    print(f"{name:5} equal to autograd's: {torch.allclose(ours, autograds, rtol=1e-12, atol=1e-14)}")
+    print(
+        f"{name:5} equal to autograd's: {torch.allclose(ours, autograds, rtol=1e-12, atol=1e-14)}"
+    )
 
 # %% [markdown]
 # Delta can be had in two ways: rowsum(do ∘ o) and rowsum(p ∘ dp) are equal, as o = p v. The first needs
@@ -151,7 +155,9 @@ print(f"you said {my_prediction}; counted {ratio:.2f}")
 
 # %%
 for machine, closed_form in ((standard, cost.naive_backward), (recomputed, cost.online_backward)):
-    print(f"counted {machine.counted.hbm_bytes:,} bytes, closed form {closed_form(real).hbm_bytes:,}")
+    print(
+        f"counted {machine.counted.hbm_bytes:,} bytes, closed form {closed_form(real).hbm_bytes:,}"
+    )
     assert machine.counted == closed_form(real)
 
 # %%

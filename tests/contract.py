@@ -6,7 +6,6 @@ budget, or none at all: 'same' means the same bits.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -136,9 +135,7 @@ def cases(dtypes: tuple[str, ...], tiles: bool) -> tuple[tuple[Problem, str], ..
         for causal, dtype, family in itertools.product((False, True), dtypes, FAMILIES)
     ]
     return tuple(
-        (p, family)
-        for p, family in found
-        if tiles or (p.dtype, family) != ("float16", "large")
+        (p, family) for p, family in found if tiles or (p.dtype, family) != ("float16", "large")
     )
 
 
@@ -383,9 +380,7 @@ def check_batches_do_not_mix(subject: Subject) -> None:
 
 
 def check_empty_inputs_work(subject: Subject) -> None:
-    for (name, p), causal, dtype in itertools.product(
-        EMPTY.items(), (False, True), subject.dtypes
-    ):
+    for (name, p), causal, dtype in itertools.product(EMPTY.items(), (False, True), subject.dtypes):
         p = p.replace(causal=causal, dtype=dtype)
         inputs = subject.draw(p)
         got = subject.run(p, *inputs)
@@ -579,7 +574,9 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
         for other in (x[0], x[0, 0], x[None], x.sum()):
             shape = str(tuple(other.shape))
             # a NumPy sum is a scalar, no array
-            error = ValueError if hasattr(other, "swapaxes") and not np.isscalar(other) else TypeError
+            error = (
+                ValueError if hasattr(other, "swapaxes") and not np.isscalar(other) else TypeError
+            )
             add(f"{name} has {other.ndim} dimensions", {name: other}, error, f"{name} must",
                 shape if error is ValueError else "float32")  # fmt: skip
         for dtype in ("int64", "bool", "complex64"):

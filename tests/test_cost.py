@@ -42,7 +42,9 @@ TORCH = problems(("float16", "bfloat16", "float32", "float64"))
 
 def zeros(p: Problem, framework: str):
     """q, k, v, do: traffic does not depend on values."""
-    shapes = [(p.B, h, n, p.D) for h, n in ((p.H, p.Nq), (p.H_kv, p.Nk), (p.H_kv, p.Nk), (p.H, p.Nq))]
+    shapes = [
+        (p.B, h, n, p.D) for h, n in ((p.H, p.Nq), (p.H_kv, p.Nk), (p.H_kv, p.Nk), (p.H, p.Nq))
+    ]
     if framework == "numpy":
         return [np.zeros(shape, p.dtype) for shape in shapes]
     return [torch.zeros(shape, dtype=getattr(torch, p.dtype)) for shape in shapes]
@@ -57,7 +59,9 @@ def assert_equal(machine: Machine, p: Problem, stage: Cost) -> None:
         for name, c in moved.items()
         if name in machine.bytes_by_kernel()
     }
-    assert all(moved[name].hbm_bytes == 0 for name in moved.keys() - machine.bytes_by_kernel().keys())
+    assert all(
+        moved[name].hbm_bytes == 0 for name in moved.keys() - machine.bytes_by_kernel().keys()
+    )
 
 
 @exactly
@@ -181,8 +185,7 @@ def test_tiled_reads_k_three_times_as_often_as_online_and_v_as_often(causal: boo
 def test_naive_moves_four_n_squared_values_forward_and_seven_backward() -> None:
     inputs_and_result = 4 * N * D
     assert cost.naive(SQUARE).hbm_bytes == 2 * (4 * N * N + inputs_and_result)
-    backward = cost.naive_backward(SQUARE)
-    assert backward.hbm_bytes - 2 * 7 * N * N == 2 * 9 * N * D  # dv 2, dp 2, dq 2, dk 2, and q
+    assert cost.naive_backward(SQUARE).hbm_bytes == 2 * (7 * N * N + 8 * N * D)
     assert cost.naive(SQUARE).hbm_extra_bytes == 2 * 2 * N * N
 
 
@@ -240,10 +243,17 @@ def test_suggested_tiles_fit_and_none_larger_does(
 
 @pytest.mark.parametrize("kernel", cost.KERNELS)
 def test_where_no_tile_fits_the_sentence_says_what_would_help(kernel: str) -> None:
-    for p in (Problem(Nq=1, D=64), Problem(Nq=500, D=64), Problem(Nq=500, D=64, block_q=1, block_k=1)):
+    for p in (
+        Problem(Nq=1, D=64),
+        Problem(Nq=500, D=64),
+        Problem(Nq=500, D=64, block_q=1, block_k=1),
+    ):
         sentence = cost.suggest_tiles(kernel, p, 1)
         if kernel.startswith("naive"):
-            assert sentence == "This kernel works on whole matrices: the stage 'tiled' cuts them to fit."
+            assert (
+                sentence
+                == "This kernel works on whole matrices: the stage 'tiled' cuts them to fit."
+            )
         else:
             assert sentence.startswith("No tile fits, not even one query with one key")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from flashedu.memory import GPU, GPUS, Cost, Problem, cost, gpu
@@ -25,8 +27,7 @@ def test_numbers_of_a_card_stand_in_the_relations_that_all_cards_keep(card: GPU)
 
 @every_card
 def test_every_card_says_where_its_numbers_are_from(card: GPU) -> None:
-    assert "NVIDIA" in card.source and any(f"({year})" in card.source or f"{year})" in card.source
-                                           for year in range(2017, 2027))  # fmt: skip
+    assert re.search(r"NVIDIA .*\(.*20\d\d\)", card.source)
 
 
 @every_card
@@ -79,7 +80,7 @@ def test_the_roofline_of_standard_attention_by_hand() -> None:
 
 
 def test_the_roofline_of_online_attention_turns_to_arithmetic_with_large_tiles() -> None:
-    """In 10,000 MB-sized key tiles a query tile of b rows does about b FLOPs a byte."""
+    """A query tile of b rows does 4 b D FLOPs for the 4 D bytes of a key and its value: b a byte."""
     p = Problem(Nq=16384, D=64, block_q=1024)
     bound = gpu("a100-40").bound(cost.online(p), "float16")
     assert (bound.limit, bound.seconds) == ("compute", bound.compute_s)

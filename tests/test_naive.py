@@ -26,9 +26,7 @@ def test_a_score_that_does_not_fit_float16_gets_a_sentence(sign: int) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_standard_gradients_match_float64(causal: bool, dtype: str) -> None:
-    for family, p in itertools.product(
-        ("normal", "peaked", "rising"), (SIZES | EMPTY).values()
-    ):
+    for family, p in itertools.product(("normal", "peaked", "rising"), (SIZES | EMPTY).values()):
         p = p.replace(causal=causal, dtype=dtype)
         q, k, v, do = draw(p, family)
         problem, scale = check("naive", q, k, v, causal=causal, scale=None)

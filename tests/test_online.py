@@ -92,7 +92,7 @@ def test_nothing_of_size_n_times_n_is_kept_for_the_backward() -> None:
 
 def test_a_second_derivative_gets_an_error_not_a_wrong_number() -> None:
     q, k, v = leaves(P)
-    o = online.attention(q, k, v, **options(P))
+    o = online.attention(q, k, v, **options(P)).square()
     (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()

@@ -1,7 +1,7 @@
 """Write what the README shows of the code: the ladder table, and the picture of its traffic.
 
-    python tools/readme.py            write both
-    python tools/readme.py --check    exit 1, with a sentence, if either is stale
+python tools/readme.py            write both
+python tools/readme.py --check    exit 1, with a sentence, if either is stale
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def table() -> str:
         assert counted == closed_form, f"{rung.name}: counted {counted}, closed form {closed_form}"
         bound = CARD.bound(counted, PROBLEM.dtype)
         rows.append(
-            ladder.Row(rung.name, rung.framework, rung.idea, CARD.name, closed_form, bound, counted=counted)
+            ladder.Row(
+                rung.name, rung.framework, rung.idea, CARD.name, closed_form, bound, counted=counted
+            )
         )
     return ladder.markdown_table(rows)
 

@@ -77,7 +77,8 @@ GPUS = (
     GPU(
         "t4", "T4", (7, 5), 16 * GB, 320 * GB, 4 * MIB, 40, 64 * KIB, 64 * KIB,
         65 * TERA, 8.1 * TERA, 0.25 * TERA,
-        "NVIDIA T4 datasheet (2019); Turing architecture whitepaper (2018); float64 is 1/32 of float32",
+        "NVIDIA T4 datasheet (2019); Turing architecture whitepaper (2018); float64 is 1/32 of "
+        "float32",
     ),
     GPU(
         "a100-40", "A100 40 GB", (8, 0), 40 * GB, 1555 * GB, 40 * MIB, 108, 164 * KIB, 163 * KIB,
@@ -92,8 +93,8 @@ GPUS = (
     GPU(
         "rtx4090", "RTX 4090", (8, 9), 24 * GB, 1008 * GB, 72 * MIB, 128, 100 * KIB, 99 * KIB,
         165.2 * TERA, 82.6 * TERA, 1.29 * TERA,
-        "NVIDIA Ada GPU architecture whitepaper (2023), float16 with float32 sums; float64 is 1/64 of "
-        "float32",
+        "NVIDIA Ada GPU architecture whitepaper (2023), float16 with float32 sums; float64 is "
+        "1/64 of float32",
     ),
     GPU(
         "h100", "H100 SXM", (9, 0), 80 * GB, 3350 * GB, 50 * MIB, 132, 228 * KIB, 227 * KIB,
@@ -108,8 +109,8 @@ GPUS = (
     GPU(
         "b200", "B200", (10, 0), 180 * GB, 7700 * GB, 126 * MIB, 148, 228 * KIB, 227 * KIB,
         2250 * TERA, 75 * TERA, 37 * TERA,
-        "NVIDIA HGX B200 and DGX B200 datasheets (2025), an eighth of the board, half of the rates with "
-        "sparsity; Blackwell tuning guide for L2; SM count as the card reports it",
+        "NVIDIA HGX B200 and DGX B200 datasheets (2025), an eighth of the board, half of the rates "
+        "with sparsity; Blackwell tuning guide for L2; SM count as the card reports it",
     ),
 )  # fmt: skip
 

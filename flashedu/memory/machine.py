@@ -78,7 +78,7 @@ class Machine:
             n_rows = stop - start
             self.sram._place(array.name, Tile(n_rows, array._d, n_rows * array._row_bytes))
         if self.trace is not None:
-            self._append(op, array.name, start, stop, n_bytes, depth=3)
+            self._append(op, array.name, start, stop, n_bytes)
 
     # what a reader calls
 
@@ -129,15 +129,15 @@ class Machine:
         return grouped
 
     def _record_hold(self, op: str, name: str, start: int, stop: int) -> None:
-        self._append(op, name, start, stop, 0, depth=4)
+        self._append(op, name, start, stop, 0)
 
     def _watch_hold(self, name: str, tile: Any) -> None:
         if name in self.watched:
-            self.watched[name].append(np.array(tile))
+            self.watched[name].append(np.asarray(tile).copy())
 
-    def _append(self, op: str, name: str, start: int, stop: int, n: int, depth: int) -> None:
+    def _append(self, op: str, name: str, start: int, stop: int, n: int) -> None:
         assert self.trace is not None
-        sram, line = self.sram, sys._getframe(depth).f_lineno
+        sram, line = self.sram, sys._getframe(3).f_lineno  # of who called load, store or hold
         event = Event(sram.step, self._kernel, op, name, start, stop, n, sram.used_bytes, line)
         self.trace.append(event)
 
@@ -150,7 +150,7 @@ class FreeMachine(Machine):
     def __init__(self) -> None:
         super().__init__(trace=False)
         self.sram = FreeSRAM()
-        self.matmul = operator.matmul  # type: ignore[method-assign]
+        self.matmul = operator.matmul  # type: ignore[assignment]
 
     @contextmanager
     def kernel(self, name: str, problem: Problem) -> Iterator[None]:

@@ -40,9 +40,7 @@ def hierarchy(card: GPU, title: str) -> Figure:
     return fig
 
 
-def roofline(
-    cards: Sequence[GPU], points: Mapping[str, float], dtype: str, title: str
-) -> Figure:
+def roofline(cards: Sequence[GPU], points: Mapping[str, float], dtype: str, title: str) -> Figure:
     """The rate that memory and arithmetic allow, against FLOPs per byte of HBM traffic.
 
     `points`: label, beginning with a stage's name → arithmetic intensity. Each is set on the roof

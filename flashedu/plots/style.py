@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -66,12 +67,13 @@ def colour_of(name: str) -> str:
 def styled() -> Iterator[None]:
     """Draw in the course's style, and leave the caller's as it was."""
     # Not rc_context: that would also undo what a notebook's backend sets at the first figure.
-    before = {key: plt.rcParams[key] for key in _RC}
-    plt.rcParams.update(_RC)
+    settings: Any = plt.rcParams
+    before = {key: settings[key] for key in _RC}
+    settings.update(_RC)
     try:
         yield
     finally:
-        plt.rcParams.update(before)
+        settings.update(before)
 
 
 def size_text(n_bytes: float) -> str:

@@ -79,8 +79,8 @@ def forward(q, k, v, problem, scale, machine):
 def backward(do, q, k, v, p, problem, scale, machine):
     """dq, dk, dv from do (B, H, Nq, D) and the P that `forward` left in HBM: five kernels.
 
-        dv = pᵀ do    dp = do vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dq = scale · ds k
-        dk = scale · dsᵀ q
+    dv = pᵀ do    dp = do vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dq = scale · ds k
+    dk = scale · dsᵀ q
     """
     B, H, Nq, Nk, D = problem.B, problem.H, problem.Nq, problem.Nk, problem.D
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
@@ -90,7 +90,9 @@ def backward(do, q, k, v, p, problem, scale, machine):
     V = hbm.array("v", v, shared_by=problem.group)
     DP = hbm.scratch("dp", (B, H, Nq, Nk), like=q)
     DS = hbm.scratch("ds", (B, H, Nq, Nk), like=q)
-    DQ, DK, DV = (hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+    DQ, DK, DV = (
+        hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v))
+    )
     queries, keys = slice(0, Nq), slice(0, Nk)  # all of them
 
     def sum_over_group(dx):

@@ -106,7 +106,9 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
 
     Q, K, V = hbm.array("q", q), hbm.array("k", k), hbm.array("v", v)
     O, DO, LSE = hbm.array("o", o), hbm.array("do", do), hbm.array("lse", lse[..., None])
-    DQ, DK, DV = (hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+    DQ, DK, DV = (
+        hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v))
+    )
     DELTA = hbm.scratch("delta", (B, H, Nq, 1), like=q, dtype=f32)
     DQ_SUM = hbm.scratch("dq_sum", (B, H, Nq, D), like=q, dtype=f32)
 
