@@ -89,6 +89,8 @@ def main(args: list[str] | None = None) -> int:
         if "allocate memory" not in str(error):  # torch has no MemoryError on the CPU
             raise
         return _complain(OUT_OF_MEMORY, 1)
+    except SystemExit:  # so rich and typer report a closed pipe while they print help
+        return 141
     except ClosedPipe:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141  # 128 + SIGPIPE, as for other programs
@@ -106,7 +108,7 @@ def _flashedu(
         _write(f"flashedu {__version__}\n")
         raise typer.Exit()
     if ctx.invoked_subcommand is None:
-        _write(ctx.get_help() + "\n")
+        _write(ctx.get_help())  # typer has printed it already, if it uses rich
 
 
 def _whole(value: str) -> int:
@@ -483,8 +485,9 @@ def _one_line(error: Any, args: list[str]) -> str:
 
 
 def _close(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {found[0]}?" if found else ""
+    bare = {candidate.lstrip("-"): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1, cutoff=0.6)
+    return f"did you mean {bare[found[0]]}?" if found else ""
 
 
 def _shown(value: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from IPython.display import Markdown
@@ -16,13 +16,15 @@ def source(function: Callable[..., Any]) -> Markdown:
     return Markdown(f"```python\n{text}\n```")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
-    """A table; numbers of thousands get separators, and all but the first column stand right."""
+def table(rows: Iterable[Mapping[str, Any]]) -> Markdown:
+    """A table of rows, each column → cell. All but the first column stand right."""
+    rows = list(rows)
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
-    def cell(value: Any) -> str:
-        return (
-            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        )
 
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return Markdown("\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines))
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -24,6 +24,7 @@ from flashedu.memory import Machine, Problem, gpu
 from flashedu.notebook import table
 from flashedu.stages import LADDER, naive
 from flashedu.testing import draw
+from flashedu.units import human_bytes, human_seconds
 
 # %% [markdown]
 # ## Can this machine run the course?
@@ -57,7 +58,7 @@ k = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]).reshape(1, 1, 3, 2)
 v = np.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]]).reshape(1, 1, 3, 2)
 
 o = naive.attention(q, k, v)
-table(["token", "output"], [(i, np.round(row, 2)) for i, row in enumerate(o[0, 0])])
+table({"token": i, "output": np.round(row, 2)} for i, row in enumerate(o[0, 0]))
 
 # %% [markdown]
 # Token 0 takes nearly all of value 0, token 1 nearly all of value 1, and token 2 half of each.
@@ -93,10 +94,17 @@ my_prediction = 10
 # %%
 problem = Problem(Nq=1024, D=64, H=4)
 rows = list(ladder.run(problem, gpu("h200")))
-table(["rung", "HBM traffic (MiB)", "extra memory (KiB)", "least time (µs)", "right", "counted = formula"],
-      [(row.rung, f"{row.counted.hbm_bytes / 2**20:.1f}", f"{row.counted.hbm_extra_bytes / 2**10:,.0f}",
-        f"{row.bound.seconds * 1e6:.2f}", row.within_budget, row.counted_equals_closed_form)
-       for row in rows])  # fmt: skip
+table(
+    {
+        "rung": row.rung,
+        "HBM traffic": human_bytes(row.counted.hbm_bytes),
+        "extra memory": human_bytes(row.counted.hbm_extra_bytes),
+        "least time": human_seconds(row.bound.seconds),
+        "right": row.within_budget,
+        "counted = formula": row.counted_equals_closed_form,
+    }
+    for row in rows
+)
 
 # %%
 ratio = rows[0].counted.hbm_bytes / rows[-1].counted.hbm_bytes
@@ -113,9 +121,13 @@ print(f"you said {my_prediction}; counted {ratio:.1f}")
 runs = {}
 for rung in LADDER:
     runs[rung.name] = Machine(trace=False)
-    rung.load().attention(*draw(problem, framework=rung.framework)[:3], machine=runs[rung.name])
-fig = plots.traffic({name: machine.bytes_by_tensor() for name, machine in runs.items()},
-                    "Each rung moves half of what the one below moves")  # fmt: skip
+    rung.load().attention(
+        *draw(problem, framework=rung.framework)[:3], machine=runs[rung.name]
+    )
+fig = plots.traffic(
+    {name: machine.bytes_by_tensor() for name, machine in runs.items()},
+    "Each rung moves half of what the one below moves",
+)
 
 # %% [markdown]
 # *Figure 1. The lowest rung moves S and P to HBM and back. The higher ones read k and v more often instead.

@@ -12,6 +12,7 @@ from flashedu.memory import GPUS, Machine, Problem, cost, gpu
 from flashedu.notebook import source, table
 from flashedu.stages import naive, reference
 from flashedu.testing import assert_right, draw
+from flashedu.units import human_seconds
 
 # %% [markdown]
 # ## Two memories
@@ -65,8 +66,10 @@ q, k, v, _ = draw(small)
 machine = Machine()
 naive.attention(q, k, v, machine=machine)
 
-table(["tensor", "read (bytes)", "written (bytes)"],
-      [(name, *moved) for name, moved in machine.bytes_by_tensor().items()])  # fmt: skip
+table(
+    {"tensor": name, "bytes read": read, "bytes written": written}
+    for name, (read, written) in machine.bytes_by_tensor().items()
+)
 
 # %% [markdown]
 # The trace has each step in order. Follow S: it is stored by the first kernel and loaded by the second.
@@ -74,7 +77,9 @@ table(["tensor", "read (bytes)", "written (bytes)"],
 # %%
 for event in machine.trace:
     if event.op != "hold":
-        print(f"{event.kernel:14} {event.op:5} {event.tensor}  {event.hbm_bytes:2} bytes")
+        print(
+            f"{event.kernel:14} {event.op:5} {event.tensor}  {event.hbm_bytes:2} bytes"
+        )
 
 # %% [markdown]
 # ## Predict first
@@ -93,7 +98,8 @@ o = naive.attention(q, k, v, machine=machine)
 
 counted = machine.counted
 print(f"you said {my_prediction_mib} MiB; counted {counted.hbm_bytes / 2**20:.0f} MiB")
-print(f"inputs and output alone: {(q.nbytes + k.nbytes + v.nbytes + o.nbytes) / 2**20:.0f} MiB")
+inputs_and_output = q.nbytes + k.nbytes + v.nbytes + o.nbytes
+print(f"inputs and output alone: {inputs_and_output / 2**20:.0f} MiB")
 
 # %% [markdown]
 # S and P have 16 Mi numbers of 2 bytes, 32 MiB each. Both are written and read: 128 MiB. The inputs and
@@ -118,8 +124,10 @@ print("by hand    ", f"{by_hand:,} bytes")
 assert counted == closed_form
 
 # %%
-fig = plots.traffic({"naive": machine.bytes_by_tensor()},
-                    "S and P are nearly all of the traffic (N = 4096, D = 64)")  # fmt: skip
+fig = plots.traffic(
+    {"naive": machine.bytes_by_tensor()},
+    "S and P are nearly all of the traffic (N = 4096, D = 64)",
+)
 
 # %% [markdown]
 # *Figure 2. The inputs and the output are the slivers at the two ends. The rest is S and P, written
@@ -136,9 +144,12 @@ fig = plots.traffic({"naive": machine.bytes_by_tensor()},
 # byte, whatever N is.
 
 # %%
-fig = plots.roofline([gpu(key) for key in ("t4", "a100-80", "h100", "h200")],
-                     {"naive": counted.intensity}, "float16",
-                     "Standard attention sits on the slope: memory is its limit")  # fmt: skip
+fig = plots.roofline(
+    [gpu(key) for key in ("t4", "a100-80", "h100", "h200")],
+    {"naive": counted.intensity},
+    "float16",
+    "Standard attention sits on the slope: memory is its limit",
+)
 
 # %% [markdown]
 # *Figure 3. On the slope, memory is the limit; on the flat part, arithmetic is. On every card,
@@ -147,12 +158,16 @@ fig = plots.roofline([gpu(key) for key in ("t4", "a100-80", "h100", "h200")],
 # The same as times. No kernel with this traffic can be faster than the larger of the two columns.
 
 # %%
-rows = []
-for card in GPUS:
-    bound = card.bound(counted, "float16")
-    share = bound.compute_s / bound.seconds
-    rows.append((card.name, f"{bound.memory_s * 1e6:.1f}", f"{bound.compute_s * 1e6:.1f}", f"{share:.0%}"))  # fmt: skip
-table(["card", "moving bytes (µs)", "arithmetic (µs)", "arithmetic busy, at most"], rows)
+bounds = {card.name: card.bound(counted, "float16") for card in GPUS}
+table(
+    {
+        "card": name,
+        "moving bytes": human_seconds(bound.memory_s),
+        "arithmetic": human_seconds(bound.compute_s),
+        "arithmetic busy, at most": f"{bound.compute_s / bound.seconds:.0%}",
+    }
+    for name, bound in bounds.items()
+)
 
 # %% [markdown]
 # An H200 would compute for at most 15% of the time, and wait for memory for the rest. More FLOPs a second

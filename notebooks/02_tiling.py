@@ -13,6 +13,7 @@ from flashedu.memory import Machine, Problem, SRAMOverflow, cost, gpu
 from flashedu.notebook import source, table
 from flashedu.stages import naive, reference, tiled
 from flashedu.testing import assert_right, draw
+from flashedu.units import human_bytes
 
 # %% [markdown]
 # ## The problem that the last rung left
@@ -97,7 +98,9 @@ fig = plots.sram_occupancy(first, "SRAM fills and empties with each key tile")
 
 # %%
 try:
-    tiled.attention(q, k, v, block_q=512, block_k=256, machine=Machine(h200.sram_bytes_per_program))
+    tiled.attention(
+        q, k, v, block_q=512, block_k=256, machine=Machine(h200.sram_bytes_per_program)
+    )
 except SRAMOverflow as error:
     print(error)
 
@@ -139,8 +142,10 @@ assert counted == closed_form
 # %%
 standard = Machine()
 naive.attention(q, k, v, machine=standard)
-fig = plots.traffic({"naive": standard.bytes_by_tensor(), "tiled": machine.bytes_by_tensor()},
-                    "S and P are gone; k is read again and again (N = 4096, D = 64)")  # fmt: skip
+fig = plots.traffic(
+    {"naive": standard.bytes_by_tensor(), "tiled": machine.bytes_by_tensor()},
+    "S and P are gone; k is read again and again (N = 4096, D = 64)",
+)
 
 # %% [markdown]
 # *Figure 3. Tiling trades traffic of S and P for repeated reads of k and v, and wins by half.*
@@ -155,29 +160,52 @@ fig = plots.traffic({"naive": standard.bytes_by_tensor(), "tiled": machine.bytes
 # Twice the SRAM, half the traffic.
 
 # %%
-sizes = [(16, 16), (32, 32), (64, 64), (128, 64), (256, 64)]  # queries and keys in a tile
-sweep = [Problem(Nq=2048, D=64, block_q=block_q, block_k=block_k) for block_q, block_k in sizes]
+sizes = [
+    (16, 16),
+    (32, 32),
+    (64, 64),
+    (128, 64),
+    (256, 64),
+]  # queries and keys in a tile
+sweep = [
+    Problem(Nq=2048, D=64, block_q=block_q, block_k=block_k)
+    for block_q, block_k in sizes
+]
 q, k, v, _ = draw(sweep[0])
 
 
 def count(problem):
     machine = Machine(trace=False)
-    tiled.attention(q, k, v, block_q=problem.block_q, block_k=problem.block_k, machine=machine)
+    tiled.attention(
+        q, k, v, block_q=problem.block_q, block_k=problem.block_k, machine=machine
+    )
     return machine.counted
 
 
 counts = [count(problem) for problem in sweep]
-table(["tile", "SRAM used (KiB)", "HBM traffic (MiB)"],
-      [(f"{p.block_q} × {p.block_k}", f"{c.sram_peak_bytes / 2**10:.1f}", f"{c.hbm_bytes / 2**20:.0f}")
-       for p, c in zip(sweep, counts, strict=True)])  # fmt: skip
+table(
+    {
+        "tile": f"{block_q} × {block_k}",
+        "SRAM used": human_bytes(counted.sram_peak_bytes),
+        "HBM traffic": human_bytes(counted.hbm_bytes),
+    }
+    for (block_q, block_k), counted in zip(sizes, counts, strict=True)
+)
 
 # %%
 fig = plots.traffic_against_sram(
     [c.sram_peak_bytes for c in counts],
-    {"naive": [cost.naive(sweep[0]).hbm_bytes] * 5, "tiled": [c.hbm_bytes for c in counts]},
-    [counts[0].hbm_bytes * counts[0].sram_peak_bytes / c.sram_peak_bytes for c in counts],
+    {
+        "naive": [cost.naive(sweep[0]).hbm_bytes] * 5,
+        "tiled": [c.hbm_bytes for c in counts],
+    },
+    [
+        counts[0].hbm_bytes * counts[0].sram_peak_bytes / c.sram_peak_bytes
+        for c in counts
+    ],
     [gpu(key) for key in ("t4", "rtx4090", "a100-80", "h200")],
-    "Twice the SRAM, half the traffic")  # fmt: skip
+    "Twice the SRAM, half the traffic",
+)
 
 # %% [markdown]
 # *Figure 4. Counted traffic follows the theorem's slope. The vertical lines are what one program may use

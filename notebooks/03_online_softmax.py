@@ -30,7 +30,9 @@ real = Problem(Nq=4096, D=64)
 three_passes = cost.tiled(real)
 needed = cost.naive(real).flops
 print(f"traffic of the three passes: {three_passes.hbm_bytes / 2**20:.0f} MiB")
-print(f"matrix products computed, to those needed: {three_passes.flops / needed:.0f} to 1")
+print(
+    f"matrix products computed, to those needed: {three_passes.flops / needed:.0f} to 1"
+)
 
 # %% [markdown]
 # ## The idea: start with the maximum so far
@@ -71,13 +73,18 @@ q = torch.ones(1, 1, 1, 1)
 machine = Machine(watch=["m_i", "l_i", "acc_i"])
 o = online.attention(q, k, v, scale=1.0, block_q=1, block_k=2, machine=machine)
 m, l, acc = (
-    [tile.item() for tile in machine.watched[name][1:]] for name in ("m_i", "l_i", "acc_i")
+    [tile.item() for tile in machine.watched[name][1:]]
+    for name in ("m_i", "l_i", "acc_i")
 )
-
-table(["after keys", "scores", "m", "l", "acc"],
-      [("1, 2", "1, 3", *(f"{x[0]:.4f}" for x in (m, l, acc))),
-       ("3, 4", "2, 5", *(f"{x[1]:.4f}" for x in (m, l, acc))),
-       ("5, 6", "4, 0", *(f"{x[2]:.4f}" for x in (m, l, acc)))])  # fmt: skip
+table(
+    {
+        "after keys": f"{2 * j + 1}, {2 * j + 2}",
+        "m": f"{m[j]:.4f}",
+        "l": f"{l[j]:.4f}",
+        "acc": f"{acc[j]:.4f}",
+    }
+    for j in range(3)
+)
 
 # %% [markdown]
 # Follow the second line with a pocket calculator. The maximum rises from 3 to 5, so α = e⁻² = 0.1353. The
@@ -172,8 +179,10 @@ runs = {"online": machine}
 for name, stage in (("tiled", tiled), ("naive", naive)):
     runs[name] = Machine()
     stage.attention(q.numpy(), k.numpy(), v.numpy(), machine=runs[name])
-fig = plots.traffic({name: runs[name].bytes_by_tensor() for name in ("naive", "tiled", "online")},
-                    "Each rung halves the traffic (N = 4096, D = 64)")  # fmt: skip
+fig = plots.traffic(
+    {name: runs[name].bytes_by_tensor() for name in ("naive", "tiled", "online")},
+    "Each rung halves the traffic (N = 4096, D = 64)",
+)
 
 # %% [markdown]
 # *Figure 2. From standard attention to one pass: a quarter of the traffic, at the same tile size on
@@ -187,10 +196,16 @@ fig = plots.traffic({name: runs[name].bytes_by_tensor() for name in ("naive", "t
 # %%
 lengths = [2**e for e in range(10, 18)]
 layers = [Problem(Nq=n, D=128, H=32) for n in lengths]
-extra = {"naive": [cost.naive(p).hbm_extra_bytes for p in layers],
-         "online": [cost.online(p).hbm_extra_bytes for p in layers]}  # fmt: skip
-fig = plots.memory_against_n(lengths, extra, [gpu("rtx4090"), gpu("h200")],
-                             "S and P outgrow any card; lse never does")  # fmt: skip
+extra = {
+    "naive": [cost.naive(p).hbm_extra_bytes for p in layers],
+    "online": [cost.online(p).hbm_extra_bytes for p in layers],
+}
+fig = plots.memory_against_n(
+    lengths,
+    extra,
+    [gpu("rtx4090"), gpu("h200")],
+    "S and P outgrow any card; lse never does",
+)
 
 # %% [markdown]
 # *Figure 3. Standard attention's extra memory grows with N², and passes the whole memory of an H200 before

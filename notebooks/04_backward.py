@@ -15,6 +15,7 @@ from flashedu.memory import Machine, Problem, cost, gpu
 from flashedu.notebook import source, table
 from flashedu.stages import naive, online, reference
 from flashedu.testing import draw, errors, saved_bytes
+from flashedu.units import human_bytes, human_seconds
 
 # %% [markdown]
 # ## The problem that the last rung left
@@ -28,11 +29,12 @@ from flashedu.testing import draw, errors, saved_bytes
 # %%
 problem = Problem(Nq=1024, D=64, dtype="float32")
 q, k, v, do = draw(problem, framework="torch")
-standard_bytes = saved_bytes(lambda q, k, v: torch.softmax(q @ k.mT / 8, -1) @ v, q, k, v)
-online_bytes = saved_bytes(online.attention, q, k, v)
-print(
-    f"standard attention keeps {standard_bytes / 2**10:,.0f} KiB, of which P: {1024**2 * 4 / 2**10:,.0f}"
+standard_bytes = saved_bytes(
+    lambda q, k, v: torch.softmax(q @ k.mT / 8, -1) @ v, q, k, v
 )
+online_bytes = saved_bytes(online.attention, q, k, v)
+print(f"P alone:                 {1024**2 * 4 / 2**10:,.0f} KiB")
+print(f"standard attention keeps {standard_bytes / 2**10:,.0f} KiB: q, k, v and P")
 print(f"the stage online keeps   {online_bytes / 2**10:,.0f} KiB: q, k, v, o and lse")
 
 # %% [markdown]
@@ -75,12 +77,17 @@ ds = p * (dp - delta)
 dq = scale * ds @ k
 dk = scale * ds.T @ q
 
-by_autograd = {"dv": (dv, v_.grad), "dp": (dp, p_.grad), "ds": (ds, s_.grad), "dq": (dq, q_.grad), "dk": (dk, k_.grad)}  # fmt: skip
-by_autograd["delta"] = (delta, (p_.grad * p).sum(-1, keepdim=True))
-for name, (ours, autograds) in by_autograd.items():
-    print(
-        f"{name:5} equal to autograd's: {torch.allclose(ours, autograds, rtol=1e-12, atol=1e-14)}"
-    )
+pairs = {
+    "dv": (dv, v_.grad),
+    "dp": (dp, p_.grad),
+    "delta": (delta, (p_.grad * p).sum(-1, keepdim=True)),
+    "ds": (ds, s_.grad),
+    "dq": (dq, q_.grad),
+    "dk": (dk, k_.grad),
+}
+for name, (ours, autograds) in pairs.items():
+    equal = torch.allclose(ours, autograds, rtol=1e-12, atol=1e-14)
+    print(f"{name:5} equal to autograd's: {equal}")
 
 # %% [markdown]
 # Delta can be had in two ways: rowsum(do ∘ o) and rowsum(p ∘ dp) are equal, as o = p v. The first needs
@@ -140,9 +147,15 @@ o, lse = online.forward(q, k, v, real, 64**-0.5, Machine(trace=False))
 recomputed = Machine()
 online.backward(do, None, q, k, v, o, lse, real, 64**-0.5, recomputed)
 
-table(["backward", "traffic (MiB)", "extra memory (MiB)", "GFLOPs"],
-      [(name, f"{c.hbm_bytes / 2**20:.0f}", f"{c.hbm_extra_bytes / 2**20:.1f}", f"{c.flops / 1e9:.2f}")
-       for name, c in (("naive", standard.counted), ("online", recomputed.counted))])  # fmt: skip
+table(
+    {
+        "backward": name,
+        "traffic": human_bytes(counted.hbm_bytes),
+        "extra memory": human_bytes(counted.hbm_extra_bytes),
+        "GFLOPs": f"{counted.flops / 1e9:.2f}",
+    }
+    for name, counted in (("naive", standard.counted), ("online", recomputed.counted))
+)
 
 # %%
 ratio = recomputed.counted.hbm_bytes / standard.counted.hbm_bytes
@@ -154,15 +167,19 @@ print(f"you said {my_prediction}; counted {ratio:.2f}")
 # ## Counted against predicted
 
 # %%
-for machine, closed_form in ((standard, cost.naive_backward), (recomputed, cost.online_backward)):
-    print(
-        f"counted {machine.counted.hbm_bytes:,} bytes, closed form {closed_form(real).hbm_bytes:,}"
-    )
-    assert machine.counted == closed_form(real)
+for counted, closed_form in (
+    (standard.counted, cost.naive_backward(real)),
+    (recomputed.counted, cost.online_backward(real)),
+):
+    print(f"counted     {counted.hbm_bytes:,} bytes")
+    print(f"closed form {closed_form.hbm_bytes:,} bytes")
+    assert counted == closed_form
 
 # %%
-fig = plots.traffic({"naive": standard.bytes_by_tensor(), "online": recomputed.bytes_by_tensor()},
-                    "Backward: no N × N tensor, but dq travels (N = 4096, D = 64)")  # fmt: skip
+fig = plots.traffic(
+    {"naive": standard.bytes_by_tensor(), "online": recomputed.bytes_by_tensor()},
+    "Backward: no N × N tensor, but dq travels (N = 4096, D = 64)",
+)
 
 # %% [markdown]
 # *Figure 1. Recomputation takes p, dp and ds out of HBM. What it pays for that: q and do pass by once for
@@ -173,12 +190,21 @@ fig = plots.traffic({"naive": standard.bytes_by_tensor(), "online": recomputed.b
 # The times that no kernel with this traffic and these FLOPs can beat, as in chapter 01:
 
 # %%
-rows = []
-for key in ("t4", "a100-80", "h100", "h200"):
-    bounds = [gpu(key).bound(machine.counted, "float16") for machine in (standard, recomputed)]
-    cells = [f"{bound.seconds * 1e6:.0f} ({bound.limit})" for bound in bounds]
-    rows.append((gpu(key).name, *cells, f"{bounds[0].seconds / bounds[1].seconds:.1f}"))
-table(["card", "naive, at least (µs)", "online, at least (µs)", "naive to online"], rows)
+cards = [gpu(key) for key in ("t4", "a100-80", "h100", "h200")]
+bounds = {
+    card.name: [card.bound(m.counted, "float16") for m in (standard, recomputed)]
+    for card in cards
+}
+table(
+    {
+        "card": name,
+        "naive, at least": human_seconds(naive_bound.seconds),
+        "online, at least": human_seconds(online_bound.seconds),
+        "naive to online": f"{naive_bound.seconds / online_bound.seconds:.1f}",
+        "limit of both": f"{naive_bound.limit}, {online_bound.limit}",
+    }
+    for name, (naive_bound, online_bound) in bounds.items()
+)
 
 # %% [markdown]
 # More arithmetic, and yet a lower bound on every card, because arithmetic was never the limit. These are
@@ -197,7 +223,8 @@ for family in ("normal", "peaked", "large", "rising"):
     online.attention(*leaves, causal=True, block_q=32, block_k=48).backward(do)
     got = reference.Reference(None, None, *(x.grad for x in leaves))
     found = errors(got, q, k, v, do, causal=True)
-    print(f"{family}: {', '.join(f'{name} {error.within}' for name, error in found.items())}")
+    verdicts = {name: error.within for name, error in found.items()}
+    print(f"{family:7} within the budget: {verdicts}")
 
 # %% [markdown]
 # PyTorch's own check perturbs each input, in float64, and compares the change with the gradient:
@@ -205,7 +232,9 @@ for family in ("normal", "peaked", "large", "rising"):
 # %%
 tiny = Problem(Nq=5, Nk=7, D=3, H=2, H_kv=1, dtype="float64", causal=True)
 leaves = [x.requires_grad_() for x in draw(tiny, framework="torch")[:3]]
-torch.autograd.gradcheck(lambda *x: online.attention(*x, causal=True, block_q=2, block_k=3), leaves)
+torch.autograd.gradcheck(
+    lambda *x: online.attention(*x, causal=True, block_q=2, block_k=3), leaves
+)
 
 # %% [markdown]
 # ## Takeaway

@@ -159,7 +159,7 @@ def assert_same(got: Reference, want: Reference) -> None:
     for name, x, y in zip(Reference._fields, got, want, strict=True):
         if x is None and y is None:
             continue
-        assert x.dtype == y.dtype and x.shape == y.shape, f"{name} changed its shape or dtype"
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{name} changed its dtype or shape"
         assert bits(x) == bits(y), f"{name} changed"
 
 
@@ -298,9 +298,8 @@ def check_large_logits_stay_finite(subject: Subject) -> None:
 
 def check_long_sums_keep_their_precision(subject: Subject) -> None:
     """Sums of 400 equal terms, one a tile: in bfloat16, 256 + 1 is 256."""
-    for dtype, (Nq, Nk) in itertools.product(subject.dtypes, ((2, 400), (400, 2))):
-        if dtype not in ("float16", "bfloat16"):
-            continue
+    dtype = "bfloat16" if "bfloat16" in subject.dtypes else subject.dtypes[0]
+    for Nq, Nk in ((2, 400), (400, 2)):
         p = Problem(Nq=Nq, Nk=Nk, D=3, block_q=1, block_k=1, dtype=dtype)
         q, k, v, do = subject.draw(p)
         # Equal scores, as q or k is 0; v and k so that the terms of dq and dk are equal too.
@@ -325,7 +324,8 @@ def check_rows_that_see_no_key_give_zero(subject: Subject) -> None:
                 assert (got.lse[:, :, blind] == -torch.inf).all(), "lse is not -inf"
             if got.dq is not None:
                 assert not got.dq[:, :, blind].any(), "dq is not 0"
-                assert got.dk.isfinite().all() and got.dv.isfinite().all()
+                assert got.dk.isfinite().all()
+                assert got.dv.isfinite().all()
 
 
 def check_future_keys_do_not_change_past_outputs(subject: Subject) -> None:
@@ -391,7 +391,8 @@ def check_empty_inputs_work(subject: Subject) -> None:
                 assert (got.lse == -torch.inf).all(), "lse is not -inf"
             for gradient, x in zip(got[2:], inputs, strict=False):
                 if gradient is not None:
-                    assert gradient.shape == x.shape and not gradient.any()
+                    assert gradient.shape == x.shape
+                    assert not gradient.any()
 
 
 def views(x: Array) -> Iterator[tuple[str, Array]]:
@@ -453,7 +454,8 @@ def check_results_look_like_their_inputs(subject: Subject) -> None:
                 assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
         if got.lse is not None:
             wide = torch.float64 if dtype == "float64" else torch.float32
-            assert got.lse.dtype == wide and got.lse.shape == q.shape[:3]
+            assert got.lse.dtype == wide
+            assert got.lse.shape == q.shape[:3]
 
 
 def check_every_value_is_written(subject: Subject) -> None:
@@ -484,8 +486,8 @@ def check_two_runs_give_the_same_bits(subject: Subject) -> None:
 
 
 def check_counting_does_not_change_a_bit(subject: Subject) -> None:
-    for p, dtype in itertools.product(small(subject), subject.dtypes):
-        inputs = subject.draw(p.replace(dtype=dtype))
+    for p in small(subject):
+        inputs = subject.draw(p)
         want = subject.run(p, *inputs)
         for machine in (Machine(), Machine(trace=False), Machine(sram_bytes=2**30)):
             with case(p):
@@ -495,7 +497,7 @@ def check_counting_does_not_change_a_bit(subject: Subject) -> None:
 def check_counted_bytes_are_the_closed_form(subject: Subject) -> None:
     for p, dtype in itertools.product(small(subject), subject.dtypes):
         p = p.replace(dtype=dtype)
-        q, k, v, do = subject.draw(p)
+        q, k, v, _do = subject.draw(p)
         machine = Machine()
         subject.run(p, q, k, v, machine=machine)
         with case(p):

@@ -53,7 +53,7 @@ def test_keys_are_unique_and_read_in_any_case() -> None:
 
 
 def test_an_unknown_card_gets_a_list_of_those_there_are() -> None:
-    with pytest.raises(ValueError, match="gpu must be one of t4, .*, got 'v100'") as caught:
+    with pytest.raises(ValueError, match=r"gpu must be one of t4, .*, got 'v100'") as caught:
         gpu("v100")
     assert all(card.key in str(caught.value) for card in GPUS)
 
@@ -80,7 +80,7 @@ def test_the_roofline_of_standard_attention_by_hand() -> None:
 
 
 def test_the_roofline_of_online_attention_turns_to_arithmetic_with_large_tiles() -> None:
-    """A query tile of b rows does 4 b D FLOPs for the 4 D bytes of a key and its value: b a byte."""
+    """A tile of b queries does 4 b D FLOPs for the 4 D bytes of a key and a value: b a byte."""
     p = Problem(Nq=16384, D=64, block_q=1024)
     bound = gpu("a100-40").bound(cost.online(p), "float16")
     assert (bound.limit, bound.seconds) == ("compute", bound.compute_s)

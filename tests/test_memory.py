@@ -133,7 +133,8 @@ def test_uncounted_counts_nothing() -> None:
     for rung in RUNGS:
         run(rung, P, UNCOUNTED)
     assert UNCOUNTED.counted == before == cost.Cost()
-    assert not UNCOUNTED.launches and not UNCOUNTED.sram.live
+    assert not UNCOUNTED.launches
+    assert not UNCOUNTED.sram.live
 
 
 @pytest.mark.parametrize("sram_bytes", [0, -1])
@@ -181,7 +182,8 @@ def test_a_pass_frees_its_tiles_and_no_others() -> None:
                 assert sram.used_bytes == 3 * 32
             assert list(sram.live) == ["kernel_s", "outer"]
         assert list(sram.live) == ["kernel_s"]
-    assert not sram.live and sram.used_bytes == 0
+    assert not sram.live
+    assert sram.used_bytes == 0
     assert sram.peak_bytes == 3 * 32
 
 
@@ -212,7 +214,8 @@ def test_an_error_leaves_the_sram_empty_even_while_the_error_is_kept() -> None:
     with pytest.raises(SRAMOverflow) as kept:
         tiled.attention(*draw(P)[:3], block_q=16, block_k=16, machine=machine)
     assert kept.tb is not None
-    assert machine.sram.used_bytes == 0 and not machine.sram.live
+    assert machine.sram.used_bytes == 0
+    assert not machine.sram.live
     read, fresh = machine.hbm_read_bytes, Machine(sram_bytes=3000)
     for m in (machine, fresh):
         tiled.attention(*draw(P)[:3], block_q=4, block_k=4, machine=m)
@@ -362,4 +365,5 @@ def test_watching_changes_no_counter() -> None:
     rung = next(r for r in RUNGS if r.name == "online")
     watched = run(rung, PRIMES, Machine(watch=["acc_i", "no such tile"]))
     assert watched.counted == run(rung, PRIMES, Machine()).counted
-    assert watched.watched["acc_i"] and not watched.watched["no such tile"]
+    assert watched.watched["acc_i"]
+    assert not watched.watched["no such tile"]

@@ -44,7 +44,8 @@ class Mutant:
 def mutated(name: str, changes: tuple[tuple[str, str], ...]) -> ModuleType:
     """The module of that name with its source changed, beside the real one."""
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
     for old, new in changes:
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {name}"
@@ -91,7 +92,8 @@ MUTANTS = [
     Mutant("naive", "no maximum subtracted", LARGE, "p = np.exp(s - m)", "p = np.exp(s)"),
     Mutant("naive", "softmax over the queries", OUTPUTS,
            "l = p.sum(axis=-1, keepdims=True)", "l = p.sum(axis=-2, keepdims=True)"),
-    Mutant("naive", "scale is 1/D", OUTPUTS, "s = scale * matmul(Q", "s = 1 / problem.D * matmul(Q"),
+    Mutant("naive", "scale is 1/D", OUTPUTS,
+           "s = scale * matmul(Q", "s = 1 / problem.D * matmul(Q"),
     Mutant("naive", "the caller's scale is ignored", ANY_SCALE,
            "s = scale * matmul(Q", "s = problem.D**-0.5 * matmul(Q"),
     Mutant("naive", "-inf − -inf: a row with no key gives NaN", BLIND,
@@ -128,12 +130,14 @@ MUTANTS = [
     Mutant("tiled", "the last query tile is not stored", WRITTEN,
            "            O.store(i, o_i)", "            if i.stop < Nq: O.store(i, o_i)"),
     # online, forward
-    Mutant("online", "acc is not rescaled", OUTPUTS, "acc_i = alpha * acc_i + ", "acc_i = acc_i + "),
+    Mutant("online", "acc is not rescaled", OUTPUTS,
+           "acc_i = alpha * acc_i + ", "acc_i = acc_i + "),
     Mutant("online", "l is not rescaled", OUTPUTS, "l_i = alpha * l_i + ", "l_i = l_i + "),
     Mutant("online", "acc is rescaled by the wrong sign", OUTPUTS,
            "alpha = torch.exp(m_i - m_new)", "alpha = torch.exp(m_new - m_i)"),
     Mutant("online", "no maximum subtracted", LARGE,
-           "m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))", "m_new = torch.zeros_like(m_i)"),
+           "m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))",
+           "m_new = torch.zeros_like(m_i)"),
     Mutant("online", "the maximum of the tile, not of the row so far", OUTPUTS,
            "m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))",
            "m_new = s_ij.amax(-1, keepdim=True).clamp(min=LOWEST)"),
@@ -205,7 +209,8 @@ MUTANTS = [
            "k_j, v_j = K.load(j), V.load(j); K.load(j)"),
     Mutant("online", "a store past the counter", COUNTED, "O.store(i, acc_i /",
            "O.data.__setitem__((..., i, slice(None)), acc_i /"),
-    Mutant("online", "a product past the counter", COUNTED, "acc_i + matmul(p_ij, v_j)", "acc_i + p_ij @ v_j"),
+    Mutant("online", "a product past the counter", COUNTED,
+           "acc_i + matmul(p_ij, v_j)", "acc_i + p_ij @ v_j"),
     Mutant("online", "lse in 2 bytes", COUNTED,
            'LSE = hbm.scratch("lse", (*q.shape[:3], 1), like=q, dtype=acc_dtype(q))',
            'LSE = hbm.scratch("lse", (*q.shape[:3], 1), like=q)'),
@@ -217,8 +222,9 @@ MUTANTS = [
            "max(0, j.start - (Nk - Nq)) if problem.causal else 0", "0"),
     Mutant("naive", "S read once more", COUNTED, "s = S.load()", "s = S.load(); S.load()"),
     Mutant("tiled", "four passes over k", COUNTED,
-           "l_i = np.where(l_i == 0, 1, l_i)",
-           "l_i = np.where(l_i == 0, 1, l_i); [K.load(j) for j in sram.tiles(Nk, problem.block_k)]"),
+           "            l_i = np.where(l_i == 0, 1, l_i)",
+           "            l_i = np.where(l_i == 0, 1, l_i); "
+           "[K.load(j) for j in sram.tiles(Nk, problem.block_k)]"),
 ]  # fmt: skip
 
 

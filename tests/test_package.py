@@ -120,7 +120,9 @@ def test_a_rung_is_what_its_module_is(stage: Rung) -> None:
         assert inspect.signature(module.attention_with_lse).parameters == signature.parameters
     assert stage.framework in ("numpy", "torch")
     assert set(stage.dtypes) <= {"float16", "bfloat16", "float32", "float64"}
-    assert stage.idea and "\n" not in stage.idea and len(stage.idea) <= 80
+    assert stage.idea
+    assert "\n" not in stage.idea
+    assert len(stage.idea) <= 80
     assert "Source: " in module.__doc__
 
 
@@ -150,7 +152,8 @@ def test_a_stage_is_run_by_its_name(stage: Rung) -> None:
     x = Q if stage.framework == "numpy" else torch.from_numpy(Q)
     want = stage.load().attention(x, x, x, causal=True, scale=0.3)
     got = flashedu.attention(x, x, x, causal=True, scale=0.3, stage=stage.name)
-    assert type(got) is type(want) and bits(got) == bits(want)
+    assert type(got) is type(want)
+    assert bits(got) == bits(want)
 
 
 def test_the_default_is_the_highest_rung_of_the_framework() -> None:
@@ -171,7 +174,7 @@ def test_inputs_of_no_framework_get_a_sentence(x: object) -> None:
 
 
 def test_an_unknown_stage_gets_a_list_of_those_there_are() -> None:
-    with pytest.raises(ValueError, match="stage must be one of naive, tiled, .*, got 'flash9'"):
+    with pytest.raises(ValueError, match=r"stage must be one of naive, tiled, .*, got 'flash9'"):
         flashedu.attention(Q, Q, Q, stage="flash9")
     with pytest.raises(ValueError, match="stage must be one of"):
         rung("reference")
@@ -194,7 +197,7 @@ def test_a_stage_that_cannot_run_here_says_why_and_what_can(monkeypatch) -> None
 def test_an_option_that_a_stage_does_not_take_gets_a_sentence() -> None:
     with pytest.raises(TypeError, match="stage 'naive' takes no block_q; it takes causal, scale"):
         flashedu.attention(Q, Q, Q, stage="naive", block_q=64)
-    with pytest.raises(TypeError, match="stage 'tiled' takes no dropout; it takes .*block_q"):
+    with pytest.raises(TypeError, match=r"stage 'tiled' takes no dropout; it takes .*block_q"):
         flashedu.attention(Q, Q, Q, dropout=0.1)
 
 

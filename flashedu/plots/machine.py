@@ -11,23 +11,24 @@ from matplotlib.patches import Rectangle
 
 from flashedu.memory.gpus import GPU
 from flashedu.memory.trace import Event
-from flashedu.plots.style import HBM, INK, SRAM, STAGE, STAGE_MARKER, colour_of, size_text, styled
+from flashedu.plots.style import HBM, INK, SRAM, STAGE, STAGE_MARKER, colour_of, styled
+from flashedu.units import human_bytes
 
 
 def hierarchy(card: GPU, title: str) -> Figure:
     """The memories of a card as squares, areas to scale: HBM, L2, and the SRAM of all its SMs."""
+    per_sm = human_bytes(card.sram_bytes_per_sm)
     on_chip = card.sm_count * card.sram_bytes_per_sm
     levels = (
         ("HBM", card.hbm_bytes, HBM, f"{card.hbm_bytes / 1e9:,.0f} GB"),
-        ("L2 cache", card.l2_bytes, "#5B7FA6", size_text(card.l2_bytes)),
-        ("SRAM", on_chip, SRAM, f"{size_text(on_chip)}: {card.sm_count} SMs × "
-                                f"{size_text(card.sram_bytes_per_sm)}"),
-    )  # fmt: skip
+        ("L2 cache", card.l2_bytes, "#5B7FA6", human_bytes(card.l2_bytes)),
+        ("SRAM", on_chip, SRAM, f"{human_bytes(on_chip)}, {card.sm_count} × {per_sm}"),
+    )
     with styled():
         fig, ax = plt.subplots(figsize=(7, 3.4))
         ax.add_patch(Rectangle((0, 0), 1, 1, color=HBM))
         ax.text(0.5, 0.5, f"HBM\n{levels[0][3]}\n{card.hbm_bytes_per_s / 1e12:.3g} TB/s",
-                ha="center", va="center", color="white", fontsize=15, fontweight="bold")  # fmt: skip
+                ha="center", va="center", color="white", fontsize=15, weight="bold")  # fmt: skip
         for (name, n_bytes, colour, text), bottom in zip(levels[1:], (0.6, 0.35), strict=True):
             side = (n_bytes / card.hbm_bytes) ** 0.5
             ax.add_patch(Rectangle((1.1, bottom), side, side, color=colour))

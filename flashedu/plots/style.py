@@ -74,12 +74,3 @@ def styled() -> Iterator[None]:
         yield
     finally:
         settings.update(before)
-
-
-def size_text(n_bytes: float) -> str:
-    """Bytes for a label: `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n_bytes < 1024 or unit == "TiB":
-            break
-        n_bytes /= 1024
-    return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "B" else f"{n_bytes:.3g} {unit}"

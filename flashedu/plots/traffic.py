@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flashedu.memory.gpus import GPU
-from flashedu.plots.style import FAINT, INK, STAGE, STAGE_MARKER, colour_of, size_text, styled
+from flashedu.plots.style import FAINT, INK, STAGE, STAGE_MARKER, colour_of, styled
+from flashedu.units import human_bytes
 
 
 def traffic(
@@ -41,13 +42,13 @@ def traffic(
                             bbox={"facecolor": colour_of(name), "edgecolor": "none", "pad": 1.2},
                         )  # fmt: skip
                     left += width
-            ax.text(left, row, f"  {size_text(totals[row])}", va="center")
+            ax.text(left, row, f"  {human_bytes(totals[row])}", va="center")
         ax.set_yticks(range(len(stages)), list(stages))
         ax.invert_yaxis()
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.set_xlim(0, 1.13 * max(totals) / unit_bytes)
-        unit = size_text(unit_bytes)[2:]
+        unit = human_bytes(unit_bytes).split()[1]
         ax.set_xlabel(f"bytes moved between HBM and SRAM ({unit})", loc="left")
         ax.legend(
             handles=[Patch(facecolor="#777777", label="read"),
@@ -121,7 +122,7 @@ def memory_against_n(
             ax.text(n[0], card.hbm_bytes, text, va="bottom", fontsize=9)
         low, high = (f(map(f, stages.values())) for f in (min, max))
         ticks = [2.0**e for e in range(10, 60, 4) if low / 4 < 2.0**e < high * 4]
-        ax.set_yticks(ticks, [size_text(tick) for tick in ticks])
+        ax.set_yticks(ticks, [human_bytes(tick) for tick in ticks])
         ax.set_xlabel("sequence length N")
         ax.set_ylabel("extra memory")
         ax.set_xlim(n[0] * 0.9, n[-1] * 1.9)
