@@ -7,6 +7,7 @@ VENV := .venv
 FIRST := notebooks/00_start_here.ipynb
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ help: ## show this list
 setup: $(READY) ## create .venv, or bring it up to date
 
 # The package builds with the pinned hatchling, so --no-build-isolation saves a download.
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt pyproject.toml tools/jupyterlab.json
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		2>/dev/null || { echo "flashedu needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is" \
 		"$$($(PYTHON) --version 2>/dev/null || echo missing); name another one, as in" \
@@ -29,6 +30,8 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
+	@mkdir -p $(LAB_SETTINGS)
+	@cp tools/jupyterlab.json $(LAB_SETTINGS)/overrides.json
 	@touch $@
 
 # Without encryption, each kernel prints a warning about its local connection.

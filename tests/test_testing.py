@@ -30,7 +30,7 @@ def test_the_plain_formula_is_within_its_own_budget(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "off"),
-    [("float16", 0.02), ("bfloat16", 0.15), ("float32", 1e-5), ("float64", 2e-14)],
+    [("float16", 0.02), ("bfloat16", 0.15), ("float32", 5e-5), ("float64", 1e-13)],
 )
 def test_the_exact_result_rounded_is_within_budget_and_one_that_is_off_is_not(
     dtype: str, off: float
@@ -93,7 +93,7 @@ def test_every_framework_and_precision_gets_the_same_values() -> None:
 
 
 def test_what_cannot_be_drawn_gets_a_sentence() -> None:
-    with pytest.raises(ValueError, match="family must be normal, peaked, .*, got 'odd'"):
+    with pytest.raises(ValueError, match=r"family must be normal, peaked, .*, got 'odd'"):
         draw(P, "odd")
     with pytest.raises(ValueError, match="bfloat16; float16 would do"):
         draw(P.replace(dtype="bfloat16"))
