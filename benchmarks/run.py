@@ -219,6 +219,7 @@ def provenance() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "thread_variables": {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")},
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -267,6 +268,8 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     source = provenance()
     print("  ".join(f"{name} {value}" for name, value in source.items()))
+    if (source["load_before"] or 0) > 0.5:
+        print("This machine is busy with other work: the times below are too long.")
     results: list[Result] = []
     for group in GROUPS:
         for found in group(options.quick):

@@ -598,6 +598,11 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
 
     if subject.framework == "numpy":
         add("q is big-endian", {"q": good["q"].astype(">f4")}, TypeError, "q must", "got >f4")
+        masked = np.ma.masked_array(good["q"], good["q"] > 0)
+        add("q is masked", {"q": masked}, TypeError, "q must not be a masked array", "got one")
+    else:
+        sparse = good["q"].to_sparse()
+        add("q is sparse", {"q": sparse}, TypeError, "q must be a dense", "got torch.sparse_coo")
     else:
         add("q is float8", {"q": good["q"].to(torch.float8_e5m2)}, TypeError, "q must",
             "got float8_e5m2")  # fmt: skip
@@ -618,6 +623,7 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
     for scale in ("x", True, 1j, [0.5]):
         add(f"scale = {scale!r}", {"scale": scale}, TypeError, "scale must", "None",
             f"got {scale!r}")  # fmt: skip
+    add("scale too large", {"scale": 10**400}, ValueError, "scale must", "None", "got 1000")
     for scale in (float("nan"), float("inf"), float("-inf")):
         add(f"scale = {scale}", {"scale": scale}, ValueError, "scale must", "None", f"got {scale}")
     if subject.tiles:

@@ -71,7 +71,7 @@ def check(
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number, or None for 1/√D, got {scale!r}")
-    elif not math.isfinite(scale):
+    elif not _finite(scale):
         raise ValueError(f"scale must be finite, or None for 1/√D, got {scale}")
 
     problem = Problem(
@@ -79,6 +79,13 @@ def check(
         block_q=int(block_q), block_k=int(block_k),
     )  # fmt: skip
     return problem, float(scale)
+
+
+def _finite(x: Any) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def dtype_name(x: Any) -> str:
@@ -102,6 +109,10 @@ def _check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str,
     if framework_of(x) != framework:
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be {wanted} for stage '{stage}', got {kind}; {make}")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array, whose mask would be lost, got one")
+    if framework == "torch" and str(x.layout) != "torch.strided":
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}; {name}.to_dense() is one")
     if x.ndim != 4:
         raise ValueError(
             f"{name} must have 4 dimensions, (B, heads, N, D), got shape {tuple(x.shape)}"

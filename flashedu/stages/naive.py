@@ -14,8 +14,6 @@ import numpy as np
 from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages.contract import check
 
-LOWEST = np.finfo(np.float32).min  # in place of -inf, so that a row with no key gives 0, not NaN
-
 
 def attention(q, k, v, *, causal=False, scale=None, machine=None):
     """softmax(scale · q kᵀ) v, with S and P in HBM.
@@ -28,7 +26,14 @@ def attention(q, k, v, *, causal=False, scale=None, machine=None):
     is too large for float16, in which S is stored.
     """
     problem, scale = check("naive", q, k, v, causal=causal, scale=scale)
-    return forward(q, k, v, problem, scale, machine or UNCOUNTED)[0]
+    try:
+        return forward(q, k, v, problem, scale, machine or UNCOUNTED)[0]
+    except FloatingPointError:
+        raise ValueError(
+            f"q and k must have scores within ±{np.finfo(q.dtype).max:g}, the range of {q.dtype}, "
+            "in which standard attention stores S; got larger ones: pass a wider dtype, or take "
+            "the stage 'tiled', which never stores S"
+        ) from None
 
 
 def forward(q, k, v, problem, scale, machine):
@@ -47,21 +52,15 @@ def forward(q, k, v, problem, scale, machine):
     with machine.kernel("naive scores", problem):
         s = scale * matmul(Q.load(), K.load().swapaxes(-1, -2))  # (B, H, Nq, Nk)
         sram.hold(s_ij=s)
-        try:
-            with np.errstate(over="raise"):
-                S.store(rows, s)
-        except FloatingPointError:
-            raise ValueError(
-                f"q and k must have scores below {np.finfo(q.dtype).max:g}, the largest "
-                f"{q.dtype}, in which standard attention stores S; got {abs(s).max():g}: "
-                "pass float32, or take the stage 'tiled', which never stores S"
-            ) from None
+        with np.errstate(over="raise"):  # a score beyond float16
+            S.store(rows, s)
 
     with machine.kernel("naive softmax", problem):
         s = S.load()
         if problem.causal:
             s = np.where(np.tri(Nq, Nk, Nk - Nq, dtype=bool), s, -np.inf)
-        m = s.max(axis=-1, keepdims=True, initial=LOWEST)  # (B, H, Nq, 1)
+        lowest = np.finfo(s.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+        m = s.max(axis=-1, keepdims=True, initial=lowest)  # (B, H, Nq, 1)
         p = np.exp(s - m)
         l = p.sum(axis=-1, keepdims=True)
         p = p / np.where(l == 0, 1, l)

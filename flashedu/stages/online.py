@@ -22,8 +22,6 @@ from flashedu.memory.hbm import acc_dtype
 from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages.contract import check
 
-LOWEST = torch.finfo(torch.float32).min  # in place of -inf: a row with no key gives 0, not NaN
-
 
 def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, machine=None):
     """softmax(scale · q kᵀ) v in one pass over k and v; differentiable.
@@ -67,7 +65,8 @@ def forward(q, k, v, problem, scale, machine):
     with machine.kernel("online", problem):
         for i in sram.tiles(Nq, problem.block_q):
             q_i = Q.load(i)  # (B, H, block_q, D)
-            m_i = torch.full_like(q_i[..., :1], LOWEST)  # (B, H, block_q, 1)
+            lowest = torch.finfo(q_i.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+            m_i = torch.full_like(q_i[..., :1], lowest)  # (B, H, block_q, 1)
             l_i = torch.zeros_like(m_i)
             acc_i = torch.zeros_like(q_i)
             sram.hold(m_i=m_i, l_i=l_i, acc_i=acc_i)
@@ -169,15 +168,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, problem, scale, machine):
-        o, lse = forward(q, k, v, problem, scale, machine)
+        with torch.autocast(q.device.type, enabled=False):  # the precision is ours to choose
+            o, lse = forward(q, k, v, problem, scale, machine)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.rest = problem, scale, machine
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
+        if torch.is_grad_enabled():  # a result without a graph would drop terms without a word
+            raise RuntimeError(
+                "create_graph must be False for stage 'online': it has first derivatives only"
+            )
         q, k, v, o, lse = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else do
-        return *backward(do, dlse, q, k, v, o, lse, *ctx.rest), None, None, None
+        with torch.autocast(q.device.type, enabled=False):
+            gradients = backward(do, dlse, q, k, v, o, lse, *ctx.rest)
+        return *gradients, None, None, None

@@ -16,8 +16,6 @@ import numpy as np
 from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages.contract import check
 
-LOWEST = np.finfo(np.float32).min  # in place of -inf, so that a row with no key gives 0, not NaN
-
 
 def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, machine=None):
     """softmax(scale · q kᵀ) v, tile by tile, in three passes over k.
@@ -33,8 +31,12 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, mac
     problem, scale = check(
         "tiled", q, k, v, causal=causal, scale=scale, block_q=block_q, block_k=block_k
     )
-    Nq, Nk = problem.Nq, problem.Nk
-    machine = machine or UNCOUNTED
+    return forward(q, k, v, problem, scale, machine or UNCOUNTED)
+
+
+def forward(q, k, v, problem, scale, machine):
+    """o (B, H, Nq, D). Each query tile is independent of the others."""
+    Nq, Nk, causal = problem.Nq, problem.Nk, problem.causal
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
 
     Q = hbm.array("q", q)
@@ -56,7 +58,8 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, mac
             keys_seen = max(0, i.stop + Nk - Nq) if causal else Nk
             q_i = Q.load(i)  # (B, H, block_q, D)
 
-            m_i = np.full_like(q_i[..., :1], LOWEST)  # (B, H, block_q, 1)
+            lowest = np.finfo(q_i.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+            m_i = np.full_like(q_i[..., :1], lowest)  # (B, H, block_q, 1)
             sram.hold(m_i=m_i)
             for j in sram.tiles(Nk, problem.block_k, stop=keys_seen):
                 s_ij = scores(q_i, i, j)
