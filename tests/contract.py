@@ -603,7 +603,6 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
     else:
         sparse = good["q"].to_sparse()
         add("q is sparse", {"q": sparse}, TypeError, "q must be a dense", "got torch.sparse_coo")
-    else:
         add("q is float8", {"q": good["q"].to(torch.float8_e5m2)}, TypeError, "q must",
             "got float8_e5m2")  # fmt: skip
     add("v has another Nk", {"v": array(2, 3, 6, 8)}, ValueError, "v must", "(2, 3, 7, 8)",
