@@ -253,7 +253,8 @@ def _ladder_report(problem: Problem, card: GPU, rows: list[Row]) -> Iterable[Ren
     from rich.table import Table
     from rich.text import Text
 
-    from flashedu.ladder import human_bytes, human_seconds, takeaway
+    from flashedu.ladder import takeaway
+    from flashedu.units import human_bytes, human_seconds
 
     p, wide = problem, _console().width >= WIDE
     heads = f"H {p.H}" if p.H_kv == p.H else f"H {p.H}, H_kv {p.H_kv}"
@@ -369,7 +370,8 @@ def _need(module: str) -> None:
 
 
 def _refuse_what_does_not_fit(problem: Problem) -> None:
-    from flashedu.ladder import human_bytes, largest_n, needed_bytes, physical_memory_bytes
+    from flashedu.ladder import largest_n, needed_bytes, physical_memory_bytes
+    from flashedu.units import human_bytes
 
     memory, needed = physical_memory_bytes(), needed_bytes(problem)
     if memory is None or needed <= memory // 2:

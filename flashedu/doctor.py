@@ -201,7 +201,8 @@ def _triton(facts: Facts) -> list[Finding]:
 
 def _triton_with_torch(facts: Facts, found: str) -> Finding:
     torch = facts.versions.get("torch", "")
-    wanted = TRITON_OF_TORCH.get(_version(torch)[:2])
+    major, minor = (*_version(torch), 0, 0)[:2]
+    wanted = TRITON_OF_TORCH.get((major, minor))
     if wanted is None or wanted == _version(found)[:2]:
         return Finding("triton", found)
     pair = ".".join(map(str, wanted))
@@ -302,7 +303,7 @@ def look() -> Facts:
     return Facts(
         python=platform.python_version(),
         system=platform.system(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.machine()}",
         versions=versions,
         broken=broken,
         cards=_cards(torch if sees_gpu else None),

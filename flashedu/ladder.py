@@ -11,6 +11,7 @@ from typing import Any
 from flashedu.memory import GPU, Cost, Machine, Problem, cost
 from flashedu.memory.gpus import Bound
 from flashedu.stages import LADDER, Rung
+from flashedu.units import human_bytes, human_seconds
 
 
 @dataclass(frozen=True)
@@ -196,30 +197,6 @@ def physical_memory_bytes() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return total
-
-
-# numbers for people
-
-
-def human_bytes(n_bytes: int) -> str:
-    """`0`, `512 B`, `16.0 KiB`, `33.5 MiB`."""
-    if n_bytes < 1024:
-        return f"{n_bytes} B" if n_bytes else "0"
-    size, unit = n_bytes / 1024, "KiB"
-    for larger in ("MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:,.1f} {unit}"
-
-
-def human_seconds(seconds: float) -> str:
-    """Three digits and a unit: `2.03 µs`."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
-        if seconds >= size or unit == "ns":
-            break
-    value = seconds / size
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
 
 
 def _change(before: int, after: int) -> str:

@@ -18,6 +18,7 @@ from flashedu.doctor import Card, Facts, Finding
 from flashedu.memory import GPUS, Machine, Problem, gpu
 from flashedu.memory.problem import ITEM_BYTES
 from flashedu.stages import LADDER, naive
+from flashedu.units import human_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--n", "48", "--d", "16", "--heads", "2", "--block-q", "16", "--block-k", "16"]
@@ -160,7 +161,7 @@ def test_the_takeaway_follows_the_rows(capsys) -> None:
     assert report["takeaway"].startswith(f"From {low['rung']} to {high['rung']}: ")
     for row in (low, high):
         traffic = row["hbm_read_bytes"] + row["hbm_write_bytes"]
-        assert ladder.human_bytes(traffic) in report["takeaway"]
+        assert human_bytes(traffic) in report["takeaway"]
     only = ladder_json(capsys, *SMALL, "--dtype", "bfloat16")["takeaway"]
     assert only.startswith("online moves ")
 
@@ -192,29 +193,6 @@ def test_the_markdown_table_has_one_line_a_rung_and_no_measured_number() -> None
     assert table == ladder.markdown_table(list(ladder.run(problem, card, seed=1)))
     for rung in LADDER:
         assert f"| `{rung.name}` | {rung.idea} |" in table
-
-
-@pytest.mark.parametrize(
-    ("n_bytes", "text"),
-    [(0, "0"), (1, "1 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**20, "3.0 MiB"),
-     (2**33, "8.0 GiB"), (2**50, "1,024.0 TiB")],
-)  # fmt: skip
-def test_bytes_are_written_for_people(n_bytes: int, text: str) -> None:
-    assert ladder.human_bytes(n_bytes) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0, "0.00 ns"),
-        (2.5e-8, "25.0 ns"),
-        (7.43e-6, "7.43 µs"),
-        (0.1234, "123 ms"),
-        (2, "2.00 s"),
-    ],
-)
-def test_seconds_are_written_for_people(seconds: float, text: str) -> None:
-    assert ladder.human_seconds(seconds) == text
 
 
 # wrong options

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flashedu.memory import Cost, Machine, Problem, cost
 from flashedu.stages import naive, online, tiled
+from flashedu.units import human_bytes
 from tests.contract import EMPTY
 
 exactly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -230,13 +231,13 @@ def test_suggested_tiles_fit_and_none_larger_does(
         return cost.KERNELS[kernel](p.replace(block_q=block_q, block_k=block_k)).sram_peak_bytes
 
     found = re.fullmatch(
-        r"Try block_q=(\d+), block_k=(\d+), which needs ([\d.]+) KiB\.",
+        r"Try block_q=(\d+), block_k=(\d+), which needs (.+)\.",
         cost.suggest_tiles(kernel, p, sram_bytes),
     )
     assert found
     block_q, block_k = int(found[1]), int(found[2])
     assert needs(block_q, block_k) <= sram_bytes
-    assert float(found[3]) == pytest.approx(needs(block_q, block_k) / 1024, abs=0.05)
+    assert found[3] == human_bytes(needs(block_q, block_k))
     halvings = itertools.product((100, 50, 25, 12, 6, 3, 1), (96, 48, 24, 12, 6, 3, 1))
     assert block_q * block_k == max(x * y for x, y in halvings if needs(x, y) <= sram_bytes)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashedu.memory.problem import Problem
+from flashedu.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def suggest_tiles(kernel: str, p: Problem, capacity_bytes: int | None) -> str:
                 best = max(best or (0, 0, 0, 0), (block_q * block_k, block_q, block_k, needs))
     if best is not None:
         _, block_q, block_k, needs = best
-        return f"Try block_q={block_q}, block_k={block_k}, which needs {needs / 1024:,.1f} KiB."
+        return f"Try block_q={block_q}, block_k={block_k}, which needs {human_bytes(needs)}."
     if kernel.startswith("naive "):
         return "This kernel works on whole matrices: the stage 'tiled' cuts them to fit."
     return "No tile fits, not even one query with one key: give the SRAM more bytes."

@@ -15,7 +15,7 @@ from flashedu.memory import cost
 from flashedu.memory.cost import Cost
 from flashedu.memory.hbm import HBM, HBMArray
 from flashedu.memory.problem import Problem
-from flashedu.memory.sram import SRAM, FreeSRAM, Tile
+from flashedu.memory.sram import SRAM, FreeSRAM
 from flashedu.memory.trace import Event
 
 
@@ -67,7 +67,8 @@ class Machine:
 
     def matmul(self, a: Any, b: Any) -> Any:
         """`a @ b`, its multiplications and additions counted: 2 · m · n · k a head."""
-        self.flops += 2 * a.shape[0] * a.shape[1] * a.shape[2] * a.shape[3] * b.shape[3]
+        batches, heads, m, k = a.shape
+        self.flops += 2 * batches * heads * m * k * b.shape[3]
         return a @ b
 
     def count(self, op: str, array: HBMArray, rows: slice, n_bytes: int) -> None:
@@ -76,7 +77,7 @@ class Machine:
         start, stop = (0, array._n) if rows.start is None else (rows.start, rows.stop)
         if op == "load":
             n_rows = stop - start
-            self.sram._place(array.name, Tile(n_rows, array._d, n_rows * array._row_bytes))
+            self.sram._place(array.name, (n_rows, array._d, n_rows * array._row_bytes))
         if self.trace is not None:
             self._append(op, array.name, start, stop, n_bytes)
 

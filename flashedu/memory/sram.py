@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+from flashedu.units import human_bytes
 
 
 class SRAMOverflow(MemoryError):
     """A tile did not fit. The message lists what is live and tile sizes that would fit."""
 
 
-class Tile(NamedTuple):
-    rows: int
-    cols: int
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.rows} × {self.cols}, {kib(self.bytes)}"
-
-
-def kib(n_bytes: float) -> str:
-    """Bytes as text: `96.5 KiB`."""
-    return f"{n_bytes / 1024:,.1f} KiB"
+Tile = tuple[int, int, int]  # rows, columns, bytes
 
 
 class SRAM:
@@ -61,8 +52,8 @@ class SRAM:
     def hold(self, **tiles: Any) -> None:
         """Give tiles that were made on chip, by name, a place in SRAM."""
         for name, x in tiles.items():
-            rows, cols = x.shape[-2:]
-            self._place(name, Tile(rows, cols, rows * cols * x.dtype.itemsize))
+            _, _, rows, cols = x.shape
+            self._place(name, (rows, cols, rows * cols * x.itemsize))
             if self._record is not None:
                 self._record("hold", name, 0, rows)
             if self._watch is not None:
@@ -70,7 +61,7 @@ class SRAM:
 
     def _place(self, name: str, tile: Tile) -> None:
         old = self.live.get(name)
-        used = self.used_bytes + tile.bytes - (old.bytes if old else 0)
+        used = self.used_bytes + tile[2] - (old[2] if old else 0)
         if self.capacity_bytes is not None and used > self.capacity_bytes:
             raise SRAMOverflow(self._overflow_message(name, tile))
         if old is None:
@@ -87,17 +78,29 @@ class SRAM:
 
     def _close(self, scope: list[str]) -> None:
         """Free the tiles of `scope` and of those opened in it: an error may have left some open."""
-        while any(scope is still_open for still_open in self._scopes):
-            for name in self._scopes.pop():
-                self.used_bytes -= self.live.pop(name).bytes
+        scopes = self._scopes
+        innermost = scopes[-1] if scopes else None
+        if innermost is not scope and not any(scope is still_open for still_open in scopes):
+            return  # closed already
+        while True:
+            innermost = scopes.pop()
+            for name in innermost:
+                self.used_bytes -= self.live.pop(name)[2]
+            if innermost is scope:
+                return
 
     def _overflow_message(self, name: str, tile: Tile) -> str:
-        live = "; ".join(f"{other} ({t})" for other, t in self.live.items()) or "nothing"
+        live = "; ".join(f"{other} ({_text(t)})" for other, t in self.live.items()) or "nothing"
         message = (
-            f"SRAM overflow: {name} ({tile}) does not fit. "
-            f"{kib(self.used_bytes)} of {kib(self.capacity_bytes or 0)} are in use. Live: {live}."
+            f"SRAM overflow: {name} ({_text(tile)}) does not fit. {human_bytes(self.used_bytes)} "
+            f"of {human_bytes(self.capacity_bytes or 0)} are in use. Live: {live}."
         )
         return f"{message} {self._suggest()}" if self._suggest else message
+
+
+def _text(tile: Tile) -> str:
+    rows, cols, n_bytes = tile
+    return f"{rows} × {cols}, {human_bytes(n_bytes)}"
 
 
 class FreeSRAM(SRAM):

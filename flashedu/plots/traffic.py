@@ -75,8 +75,9 @@ def traffic_against_sram(
         fig, ax = plt.subplots(figsize=(8, 4))
         x = np.array(sram_bytes) / 1024
         ax.loglog(x, np.array(theory) / 2**20, color=INK, linestyle=":", linewidth=1.3)
+        middle = len(x) // 2
         ax.annotate(
-            "N²d²/M, the theorem's slope", (x[2], theory[2] / 2**20), xytext=(-8, -14),
+            "N²d²/M, the theorem's slope", (x[middle], theory[middle] / 2**20), xytext=(-8, -14),
             textcoords="offset points", ha="right",
         )  # fmt: skip
         for label, n_bytes in stages.items():
