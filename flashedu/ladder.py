@@ -11,6 +11,7 @@ from typing import Any
 from flashedu.memory import GPU, Cost, Machine, Problem, cost
 from flashedu.memory.gpus import Bound
 from flashedu.stages import LADDER, Rung
+from flashedu.stages import rung as find_rung
 from flashedu.units import human_bytes, human_seconds
 
 
@@ -108,14 +109,29 @@ def why_skipped(rung: Rung, dtype: str) -> str | None:
     return rung.missing()
 
 
+def count(stage: str, problem: Problem, *, trace: bool = False, seed: int = 0) -> Machine:
+    """Run a stage's forward on drawn inputs; return the machine that counted it."""
+    from flashedu import testing
+
+    q, k, v, _ = testing.draw(problem, framework=find_rung(stage).framework, seed=seed)
+    machine = Machine(trace=trace)
+    _attend(stage, problem, q, k, v, machine)
+    return machine
+
+
+def _attend(stage: str, p: Problem, q: Any, k: Any, v: Any, machine: Machine) -> Any:
+    rung = find_rung(stage)
+    tiles = {"block_q": p.block_q, "block_k": p.block_k} if rung.tiles else {}
+    return rung.load().attention(q, k, v, causal=p.causal, machine=machine, **tiles)
+
+
 def _measure(rung: Rung, p: Problem, seed: int) -> tuple[Cost, float, float]:
     from flashedu import testing
     from flashedu.stages.reference import Reference
 
     q, k, v, _ = testing.draw(p, framework=rung.framework, seed=seed)
-    tiles = {"block_q": p.block_q, "block_k": p.block_k} if rung.tiles else {}
     machine = Machine(trace=False)
-    o = rung.load().attention(q, k, v, causal=p.causal, machine=machine, **tiles)
+    o = _attend(rung.name, p, q, k, v, machine)
     try:
         found = testing.errors(Reference(o, None), q, k, v, causal=p.causal)["o"]  # type: ignore[arg-type]
     except AssertionError:  # a wrong shape

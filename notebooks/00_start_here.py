@@ -20,10 +20,9 @@
 import numpy as np
 
 from flashedu import doctor, ladder, plots
-from flashedu.memory import Machine, Problem, gpu
+from flashedu.memory import Problem, gpu
 from flashedu.notebook import table
 from flashedu.stages import LADDER, naive
-from flashedu.testing import draw
 from flashedu.units import human_bytes, human_seconds
 
 # %% [markdown]
@@ -118,12 +117,7 @@ print(f"you said {my_prediction}; counted {ratio:.1f}")
 # The bytes of each rung, by tensor:
 
 # %%
-runs = {}
-for rung in LADDER:
-    runs[rung.name] = Machine(trace=False)
-    rung.load().attention(
-        *draw(problem, framework=rung.framework)[:3], machine=runs[rung.name]
-    )
+runs = {rung.name: ladder.count(rung.name, problem) for rung in LADDER}
 fig = plots.traffic(
     {name: machine.bytes_by_tensor() for name, machine in runs.items()},
     "Each rung moves half of what the one below moves",

@@ -8,7 +8,7 @@
 # [03 · Online softmax](03_online_softmax.ipynb).
 
 # %%
-from flashedu import plots
+from flashedu import ladder, plots
 from flashedu.memory import Machine, Problem, SRAMOverflow, cost, gpu
 from flashedu.notebook import source, table
 from flashedu.stages import naive, reference, tiled
@@ -160,29 +160,13 @@ fig = plots.traffic(
 # Twice the SRAM, half the traffic.
 
 # %%
-sizes = [
-    (16, 16),
-    (32, 32),
-    (64, 64),
-    (128, 64),
-    (256, 64),
-]  # queries and keys in a tile
+# queries and keys in a tile
+sizes = [(16, 16), (32, 32), (64, 64), (128, 64), (256, 64)]
 sweep = [
     Problem(Nq=2048, D=64, block_q=block_q, block_k=block_k)
     for block_q, block_k in sizes
 ]
-q, k, v, _ = draw(sweep[0])
-
-
-def count(problem):
-    machine = Machine(trace=False)
-    tiled.attention(
-        q, k, v, block_q=problem.block_q, block_k=problem.block_k, machine=machine
-    )
-    return machine.counted
-
-
-counts = [count(problem) for problem in sweep]
+counts = [ladder.count("tiled", problem).counted for problem in sweep]
 table(
     {
         "tile": f"{block_q} × {block_k}",

@@ -10,10 +10,10 @@
 import numpy as np
 import torch
 
-from flashedu import plots
+from flashedu import ladder, plots
 from flashedu.memory import Machine, Problem, cost, gpu
 from flashedu.notebook import source, table
-from flashedu.stages import naive, online, reference, tiled
+from flashedu.stages import online, reference
 from flashedu.testing import assert_right, draw
 
 # %% [markdown]
@@ -175,12 +175,9 @@ print("by hand    ", f"{by_hand:,} bytes")
 assert counted == closed_form
 
 # %%
-runs = {"online": machine}
-for name, stage in (("tiled", tiled), ("naive", naive)):
-    runs[name] = Machine()
-    stage.attention(q.numpy(), k.numpy(), v.numpy(), machine=runs[name])
+runs = {name: ladder.count(name, real) for name in ("naive", "tiled", "online")}
 fig = plots.traffic(
-    {name: runs[name].bytes_by_tensor() for name in ("naive", "tiled", "online")},
+    {name: run.bytes_by_tensor() for name, run in runs.items()},
     "Each rung halves the traffic (N = 4096, D = 64)",
 )
 

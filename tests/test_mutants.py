@@ -238,9 +238,9 @@ COUNTERS = [
     ("hbm", "HBM", "scratch memory is not counted",
      "self.extra_bytes += x._n * x._all_row_bytes", "pass"),
     ("sram", "SRAM", "tiles are never freed",
-     "self.used_bytes -= self.live.pop(name).bytes", "self.live.pop(name)"),
+     "self.used_bytes -= self.live.pop(name)[2]", "self.live.pop(name)"),
     ("sram", "SRAM", "a tile in the place of an old one counts twice",
-     "(old.bytes if old else 0)", "0"),
+     "(old[2] if old else 0)", "0"),
     ("machine", "Machine", "a multiply-add counted as 1", "self.flops += 2 *", "self.flops += 1 *"),
 ]  # fmt: skip
 
