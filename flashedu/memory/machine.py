@@ -134,7 +134,8 @@ class Machine:
 
     def _watch_hold(self, name: str, tile: Any) -> None:
         if name in self.watched:
-            self.watched[name].append(np.asarray(tile).copy())
+            on_host = tile if isinstance(tile, np.ndarray) else tile.cpu().numpy()
+            self.watched[name].append(on_host.copy())
 
     def _append(self, op: str, name: str, start: int, stop: int, n: int) -> None:
         assert self.trace is not None
