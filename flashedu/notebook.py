@@ -1,10 +1,12 @@
-"""What the chapters show beside figures: a stage's source, and tables."""
+"""What the chapters show beside figures: a stage's source, tables, and recorded runs."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from IPython.display import Markdown
@@ -22,6 +24,20 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Markdown:
     lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
     lines += [[_cell(value) for value in row.values()] for row in rows]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def record(name: str) -> dict[str, Any]:
+    """What was measured once, from benchmarks/results/ of the checkout, as it was recorded."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def label(recorded: Mapping[str, Any]) -> str:
+    """Where and when a record was taken, in a line."""
+    return "recorded {date} on an {card}, torch {torch}, CUDA {cuda}, driver {driver}".format_map(
+        recorded
+    )
 
 
 def _cell(value: Any) -> str:
