@@ -280,7 +280,7 @@ def main() -> int:
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         stamp = source["date"].replace("+00:00", "Z").replace(":", "")
-        path = RESULTS / f"{stamp}.json"
+        path = RESULTS / f"cpu_{stamp}.json"
         with path.open("x", encoding="utf-8") as file:
             json.dump({"provenance": source, "results": results}, file, indent=2)
             file.write("\n")
