@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup lab test notebooks lint format bench lock clean
+.PHONY: help setup lab test notebooks readme lint format bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test: $(READY) ## run all tests and re-run every notebook (PYTEST_ARGS=... adds 
 
 notebooks: $(READY) ## execute the chapters and store them (CHAPTERS="01 03" picks some)
 	$(PY) tools/notebooks.py $(CHAPTERS)
+
+readme: $(READY) ## write the README's ladder and picture
+	$(PY) tools/readme.py
 
 lint: $(READY) ## check style and types
 	$(PY) -m ruff check .

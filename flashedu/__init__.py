@@ -1,4 +1,4 @@
-"""FlashAttention, built rung by rung: from standard attention to the real thing."""
+"""FlashAttention, built rung by rung from standard attention."""
 
 from __future__ import annotations
 

@@ -150,14 +150,14 @@ def takeaway(rows: Sequence[Row]) -> str:
             f"{high.rung} moves {human_bytes(high.cost.hbm_bytes)} and needs "
             f"{human_bytes(high.cost.hbm_extra_bytes)} beside its inputs and result: "
             f"{high.gpu} needs {human_seconds(high.bound.seconds)} at least, "
-            f"for its {_resource(high)}."
+            f"limited by {high.bound.limit}."
         )
     return (
         f"From {low.rung} to {high.rung}: "
         f"HBM traffic {_change(low.cost.hbm_bytes, high.cost.hbm_bytes)}, extra memory "
         f"{human_bytes(low.cost.hbm_extra_bytes)} → {human_bytes(high.cost.hbm_extra_bytes)}, "
-        f"least time on {high.gpu} {human_seconds(low.bound.seconds)} ({_resource(low)}) → "
-        f"{human_seconds(high.bound.seconds)} ({_resource(high)})."
+        f"least time on {high.gpu} {human_seconds(low.bound.seconds)} ({low.bound.limit}) → "
+        f"{human_seconds(high.bound.seconds)} ({high.bound.limit})."
     )
 
 
@@ -172,7 +172,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
             human_bytes(row.closed_form.hbm_bytes),
             human_bytes(row.closed_form.hbm_extra_bytes),
             f"{row.closed_form.intensity:.0f}",
-            f"{human_seconds(row.bound.seconds)} ({_resource(row)})",
+            f"{human_seconds(row.bound.seconds)} ({row.bound.limit})",
         ))  # fmt: skip
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -221,10 +221,6 @@ def _change(before: int, after: int) -> str:
         return change
     ratio, word = max(before, after) / min(before, after), "less" if after < before else "more"
     return f"{change} ({ratio:.1f} times {word})" if ratio >= 1.05 else change
-
-
-def _resource(row: Row) -> str:
-    return {"memory": "HBM", "compute": "arithmetic"}[row.bound.limit]
 
 
 def _fields(c: Cost) -> dict[str, Any]:

@@ -123,6 +123,8 @@ def draw(
     so that an exponential without the maximum subtracted overflows; "rising", whose logits grow
     along the keys, so that the running maximum changes in every tile.
     """
+    if framework not in ("numpy", "torch"):
+        raise ValueError(f"framework must be numpy or torch, got {framework!r}")
     p, rng = problem, np.random.default_rng(seed)
     q = rng.standard_normal((p.B, p.H, p.Nq, p.D))
     k = rng.standard_normal((p.B, p.H_kv, p.Nk, p.D))

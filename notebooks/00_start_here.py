@@ -7,14 +7,14 @@
 # Next: [01 · The memory wall](01_the_memory_wall.ipynb).
 #
 # Attention is the part of a transformer that lets each token look at the others. Written as in the
-# textbook, it is slow on a GPU, and it runs out of memory on long texts. FlashAttention computes exactly
-# the same numbers, several times faster, with hardly any extra memory. This course builds it, rung by rung,
-# from the textbook version to a fast kernel. You need Python, matrix products and the softmax. You need no
-# GPU.
+# textbook, it is slow on a GPU, and it runs out of memory on long texts. FlashAttention computes the
+# same result, several times faster, with hardly any extra memory. This course builds it, rung by rung. You
+# need Python, matrix products and the softmax. You need no GPU.
 #
 # **How to use it.** Run a cell with Shift + Enter. Before each result there is a cell in which you write
 # down a guess: guess first, as a wrong guess teaches more than a right one. Each chapter ends with
-# exercises; their answers are folded.
+# exercises; their answers are folded. Change what you like: `git checkout notebooks` brings the chapters back
+# as they were.
 
 # %%
 import numpy as np
@@ -70,7 +70,8 @@ table({"token": i, "output": np.round(row, 2)} for i, row in enumerate(o[0, 0]))
 #
 # ## The ladder
 #
-# Each rung is one function with the same arguments and the same result. What changes is how it moves data.
+# Each rung is one function of q, k and v with the same result. What changes is how it moves data. The first
+# is the lowest. (A **tile** is a block of rows that fits the chip; chapter 02 explains the passes.)
 
 # %%
 for rung in LADDER:
@@ -120,11 +121,11 @@ print(f"you said {my_prediction}; counted {ratio:.1f}")
 runs = {rung.name: ladder.count(rung.name, problem) for rung in LADDER}
 fig = plots.traffic(
     {name: machine.bytes_by_tensor() for name, machine in runs.items()},
-    "Each rung moves half of what the one below moves",
+    "Each rung moves half of what the one before moves",
 )
 
 # %% [markdown]
-# *Figure 1. The lowest rung moves S and P to HBM and back. The higher ones read k and v more often instead.
+# *Figure 1. `naive` moves S and P to HBM and back. The other two read k and v more often instead.
 # The next chapters explain each bar.*
 #
 # ## The chapters
@@ -134,7 +135,7 @@ fig = plots.traffic(
 # | [01 · The memory wall](01_the_memory_wall.ipynb) | standard attention is bound by the bytes of S and P |
 # | [02 · Tiling](02_tiling.ipynb) | tiles of S fit on the chip, but the softmax takes three passes |
 # | [03 · Online softmax](03_online_softmax.ipynb) | a rescale makes it one pass, exactly |
-# | [04 · Backward](04_backward.ipynb) | P is computed again, not stored: less memory, fewer bytes |
+# | [04 · Backward](04_backward.ipynb) | the backward computes P again from q, k and one number a row |
 #
 # ## Takeaway
 #
@@ -142,19 +143,20 @@ fig = plots.traffic(
 #
 # ## Exercises
 #
-# **1.** Double N in the cell that begins with `problem =`, and run it and the next two again. Which column
-# grows four times for every rung? What happens to the extra memory?
+# **1.** Double N in the cell that begins with `problem =`, and run it and the next two again. What grows about
+# four times? What happens to the extra memory?
 #
 # <details><summary>Answer</summary>
 #
-# The traffic grows about four times for all rungs. The extra memory grows four times for `naive`, and two
-# times for `online`, which needs one number a query. `tiled` needs none.
+# The traffic grows about four times for all rungs, and the least time with it. The extra memory grows four
+# times for `naive`, and two times for `online`, which needs one number a query. `tiled` needs none.
 # </details>
 #
-# **2.** Ask for the same in a terminal, on another card and with a causal mask: `flashedu ladder --n 2048
-# --causal --gpu t4`. Which resource is the limit of each rung there?
+# **2.** In a terminal, in the folder of this project, ask for the same on another card:
+# `.venv/bin/flashedu ladder --n 2048 --gpu t4`. What is the limit of each rung there? What does the mark `!` say?
 #
 # <details><summary>Answer</summary>
 #
-# HBM, for every rung: the last column says so. `flashedu ladder --help` lists the options.
+# Memory, for every rung: the last column says so. The mark says that tiles of 128 queries and 64 keys take
+# more SRAM than a T4 has for one program. Smaller ones fit: add `--block-q 64 --block-k 32`.
 # </details>

@@ -34,7 +34,7 @@ fig = plots.hierarchy(gpu("h200"), "The memories of an H200, areas to scale")
 
 # %% [markdown]
 # *Figure 1. HBM holds a tensor of any size that you will meet. All SRAM together holds one part in
-# 4,600 of that.*
+# 4,600 of that. (The L2 cache lies between them, works by itself, and is left out of our model.)*
 #
 # ## Standard attention is three kernels
 #
@@ -46,7 +46,8 @@ fig = plots.hierarchy(gpu("h200"), "The memories of an H200, areas to scale")
 # HBM, the second loads S and stores P, and the third loads P.
 #
 # This is the stage `naive`, in NumPy. `load` and `store` move data between HBM and SRAM. Read it from
-# the top to the bottom once.
+# the top to the bottom once. `hbm.scratch` makes an array in HBM beside inputs and output, and `sram.hold`
+# notes that a matrix was made on the chip. (`shared_by` is for models whose heads share keys and values.)
 
 # %%
 source(naive.forward)
@@ -72,7 +73,7 @@ table(
 )
 
 # %% [markdown]
-# The trace has each step in order. Follow S: it is stored by the first kernel and loaded by the second.
+# The trace has each step in order; here are the loads and stores. Follow S: it is stored by the first kernel and loaded by the second.
 
 # %%
 for event in machine.trace:
@@ -152,8 +153,8 @@ fig = plots.roofline(
 )
 
 # %% [markdown]
-# *Figure 3. On the slope, memory is the limit; on the flat part, arithmetic is. On every card,
-# standard attention at D = 64 is far down the slope.*
+# *Figure 3. On the slope, memory is the limit; on the flat part, arithmetic is. At 32 FLOPs a byte, standard
+# attention is on the slope of every card. The point is on that of an H200.*
 #
 # The same as times. No kernel with this traffic can be faster than the larger of the two columns.
 
@@ -195,8 +196,8 @@ table(
 )
 
 # %% [markdown]
-# No time is below the bound, and the arithmetic alone would take 5 to 9% of it. Kernel by kernel, at
-# N = 4096:
+# No time is below its bounds, and the arithmetic alone would take 5 to 9% of the measured time. Kernel by
+# kernel, at N = 4096:
 
 # %%
 (row,) = (row for row in recorded["rows"] if row["N"] == 4096)
@@ -219,7 +220,8 @@ table(
 #
 # Each stage of the course is held against an **oracle**: the same formulas in float64, without any
 # trick. The allowed error is not a number that we picked. It is twice the error that plain PyTorch
-# makes in the same precision, plus a few roundings.
+# makes in the same precision, plus a few roundings. "Peaked" inputs put nearly all weight on few keys, and "large"
+# ones have scores that would overflow an exponential.
 
 # %%
 check = Problem(Nq=257, Nk=131, D=40, H=4, H_kv=2, causal=True)
@@ -232,8 +234,8 @@ for family in ("normal", "peaked", "large"):
 # %% [markdown]
 # ## Takeaway
 #
-# **Standard attention moves 4 N² numbers to compute 4 N D of them. At D = 64 it leaves most of a modern
-# GPU idle.** What is still slow: S and P go through HBM. The [next chapter](02_tiling.ipynb) keeps
+# **Standard attention moves 4 N² numbers beside the 4 N D of q, k, v and o. At D = 64 it leaves most of a
+# modern GPU idle.** What is still slow: S and P go through HBM. The [next chapter](02_tiling.ipynb) keeps
 # them on the chip.
 #
 # ## Exercises
@@ -248,7 +250,7 @@ for family in ("normal", "peaked", "large"):
 # `cost.naive(Problem(B=8, H=32, Nq=8192, D=128)).hbm_extra_bytes` says the same.
 # </details>
 #
-# **2.** Does a causal mask make standard attention cheaper? Count it.
+# **2.** A **causal mask** hides from each query the keys that come after it. Does it make standard attention cheaper? Count it.
 #
 # <details><summary>Answer</summary>
 #
@@ -260,11 +262,12 @@ for family in ("normal", "peaked", "large"):
 # </details>
 #
 # **3.** In float32 every number takes 4 bytes. What happens to the arithmetic intensity? Is memory
-# still the limit on an H200, whose float32 peak (without tensor cores) is 66.9 TFLOP/s?
+# still the limit on an H200? Its peak in float32 is 66.9 TFLOP/s, as its **tensor cores**, the units for
+# matrix products, do not serve float32.
 #
 # <details><summary>Answer</summary>
 #
-# It halves: about 16 FLOPs a byte. But the ridge, where slope and roof meet, moves further:
+# It halves: about 16 FLOPs a byte. But the **ridge**, where slope and roof meet, moves further:
 # 66.9 / 4.8 = 14 FLOPs a byte. So in float32 the arithmetic is the limit, barely.
 # `gpu("h200").ridge("float32")` gives the number.
 # </details>

@@ -19,8 +19,9 @@ from flashedu.units import human_bytes
 # ## The problem that the last rung left
 #
 # At N = 4096 and D = 64, standard attention moves 130 MiB, and 128 of them are S and P. Could a kernel
-# keep S on the chip from start to end? Let us try: the same stage, on a machine whose SRAM has the size
-# that one program may use on an H200.
+# keep S on the chip from start to end? A kernel runs as many **programs** at once, each on one SM, with its
+# share of the work and of the SRAM: here, one head. Let us try the same stage on a machine whose SRAM has the
+# size that one program may use on an H200.
 
 # %%
 real = Problem(Nq=4096, D=64)
@@ -33,7 +34,7 @@ except SRAMOverflow as error:
     print(error)
 
 # %% [markdown]
-# Not even q fits, and S is 128 times larger. (A library's kernel cuts its matrices to fit, for each of
+# Not even q fits. S would take 64 MiB, as the chip computes in float32. (A library's kernel cuts its matrices to fit, for each of
 # the three steps apart. That is why S must wait in HBM in between.)
 #
 # ## The idea: cut the whole computation, not each step
@@ -48,7 +49,9 @@ except SRAMOverflow as error:
 #
 # There is one obstacle. The softmax of a row is
 #
-# $$m = \max_j s_j \qquad l = \sum_j e^{s_j - m} \qquad p_j = e^{s_j - m} / l$$
+# $$m = \max_n s_n \qquad l = \sum_n e^{s_n - m} \qquad p_n = e^{s_n - m} / l$$
+#
+# where n counts the keys of the row.
 #
 # The maximum m is subtracted so that no exponential overflows: this is called the **safe softmax**. It
 # needs m before the first exponential, and l before the first weight. Both need the whole row, and
@@ -56,7 +59,7 @@ except SRAMOverflow as error:
 # once for the output.
 
 # %%
-source(tiled.attention)
+source(tiled.forward)
 
 # %% [markdown]
 # Note three things.
@@ -64,7 +67,8 @@ source(tiled.attention)
 # - `sram.tiles(…)` walks over the tiles. What is loaded in one pass of the loop is freed when the pass
 #   ends.
 # - `scores` is called in each of the three passes. The same scores are computed three times.
-# - S does not appear as an HBM array any more.
+# - S does not appear as an HBM array any more. `sram.hold` gives a tile that was made on the chip a place
+#   there.
 #
 # ## By hand: six queries, tiles of two
 #
@@ -108,7 +112,7 @@ except SRAMOverflow as error:
 # ## Predict first
 #
 # With tiles of 128 queries there are 4096 / 128 = 32 query tiles. For each, all of k (0.5 MiB) passes by
-# three times, and all of v once. How many MiB is that in total?
+# three times, and all of v once. How many MiB does the stage move, with q and o (0.5 MiB each)?
 
 # %%
 my_prediction_mib = 100
@@ -156,7 +160,8 @@ fig = plots.traffic(
 # pass by half as often. So SRAM buys traffic.
 #
 # We run the stage with five tile sizes, at N = 2048, and note the SRAM that each takes. A theorem of the
-# FlashAttention paper says what to expect of an SRAM of M numbers: traffic in proportion to N² D² / M.
+# FlashAttention paper (which writes d for D) says what to expect of an SRAM of size M: traffic in proportion
+# to N² D² / M.
 # Twice the SRAM, half the traffic.
 
 # %%
@@ -218,12 +223,14 @@ for family in ("normal", "peaked", "large"):
 #
 # ## Exercises
 #
-# **1.** With a causal mask, a query sees no later keys. Draw `plots.visits` for the hand-sized run with
+# **1.** With a **causal mask**, as in a model that writes text from left to right, a query sees no keys that
+# come after it. Draw `plots.visits` for the hand-sized run with
 # `causal=True`. Which tiles are skipped? What does that do to the traffic at N = 4096?
 #
 # <details><summary>Answer</summary>
 #
-# Tiles above the diagonal are never loaded: about half of them.
+# Tiles above the diagonal are never loaded: here 3 of 9, and nearly half where there are many. The orange ones
+# hold the diagonal: they are computed, and partly masked.
 #
 # ```python
 # small = Problem(Nq=6, D=4, block_q=2, block_k=2, causal=True)
@@ -239,7 +246,7 @@ for family in ("normal", "peaked", "large"):
 #
 # <details><summary>Answer</summary>
 #
-# The traffic stays as it is: each key is still loaded four times for each query tile. The SRAM falls
+# The traffic stays as it is: for each query tile, k still passes by three times and v once. The SRAM falls
 # from 97.0 to 61.0 KiB. Only `block_q` buys traffic, so a small `block_k` leaves room for more queries.
 # (A real kernel has other reasons for a `block_k` of 32 or more: matrix units want such sizes.)
 # </details>
@@ -248,6 +255,6 @@ for family in ("normal", "peaked", "large"):
 #
 # <details><summary>Answer</summary>
 #
-# `np.exp(np.float32(100))` overflows to infinity, and the result is NaN. Without the maximum, the sum
+# `numpy.exp(numpy.float32(100))` overflows to infinity, and the result is NaN. Without the maximum, the sum
 # is not safe. The next chapter finds a way to have both in one pass.
 # </details>

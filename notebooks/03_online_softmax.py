@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 03 · Online softmax
 #
-# **Claim.** Three numbers a row, a maximum, a sum and a rescaled output, turn three passes into one, and
-# the result is exactly the softmax.
+# **Claim.** A maximum and a sum for each row, and an output that is rescaled when the maximum rises, turn
+# three passes into one. Nothing is approximated.
 #
 # Before: [02 · Tiling](02_tiling.ipynb). Next: [04 · Backward](04_backward.ipynb).
 
@@ -23,7 +23,7 @@ from flashedu.testing import assert_right, draw
 # ## The problem that the last rung left
 #
 # Tiling reads k three times and computes each score three times, as the softmax wants the maximum of its
-# row before it starts.
+# row before it starts. With the product p v that makes four matrix products where two would do.
 
 # %%
 real = Problem(Nq=4096, D=64)
@@ -146,7 +146,7 @@ print("from the right: m = {:.0f}, l = {:.6f}, acc = {:.6f}".format(*right))
 # ## Predict first
 #
 # The last chapter moved 65 MiB at N = 4096 with tiles of 128 queries: 32 query tiles, and for each k three
-# times and v once. Now k and v pass by once each. How many MiB?
+# times and v once, and q and o. Now k and v pass by once each. How many MiB?
 
 # %%
 my_prediction_mib = 50
@@ -201,12 +201,12 @@ fig = plots.memory_against_n(
     lengths,
     extra,
     [gpu("rtx4090"), gpu("h200")],
-    "S and P outgrow any card; lse never does",
+    "S and P outgrow any card; lse stays small",
 )
 
 # %% [markdown]
-# *Figure 3. Standard attention's extra memory grows with N², and passes the whole memory of an H200 before
-# N = 65,536. The online softmax's grows with N.*
+# *Figure 3. Standard attention's extra memory grows with N², and passes the whole memory of an H200 soon
+# after N = 32,768. The online softmax's grows with N.*
 #
 # The closed forms are exact, so the last length that fits is a number:
 
@@ -219,8 +219,10 @@ for key in ("rtx4090", "a100-80", "h200"):
 # %% [markdown]
 # ## Is it right?
 #
-# Scores that rise along the keys are the hard case: every tile raises the maximum. A stage that forgets to
-# rescale passes on other inputs, and fails on these.
+# Four families of inputs: "normal" ones; "peaked", where a few keys take nearly all the weight; "large", whose
+# scores overflow an exponential if the maximum is not subtracted; and "rising", whose scores grow along the
+# keys, so that every tile raises the maximum. A stage that forgets to rescale is furthest off on the last.
+# `H_kv=2` means that pairs of query heads share a key and value head, as in many models today.
 
 # %%
 check = Problem(Nq=257, Nk=131, D=40, H=4, H_kv=2, causal=True, dtype="float32")
@@ -256,11 +258,18 @@ for family in ("normal", "peaked", "large", "rising"):
 # outside matrix products is expensive on a GPU.
 # </details>
 #
-# **3.** Break it. Copy `online.forward` into a cell, leave out `alpha *` in the line of acc_i, and run the
-# check above on "normal" and on "rising".
+# **3.** Break it. Copy the source of `online.forward` into a cell, with these two lines above it, and leave out
+# `alpha *` in the line of acc_i. Put `online.forward = forward` below it, and run the check above again. (To
+# undo it, restart the kernel.)
+#
+# ```python
+# from flashedu.memory.hbm import acc_dtype
+# from flashedu.stages.online import _hidden
+# ```
 #
 # <details><summary>Answer</summary>
 #
-# Both fail the budget, "rising" by far more. The test suite holds this mistake, and a dozen others, as
-# **mutants**: changed copies of the stages that the tests must reject.
+# The check raises an AssertionError on the first family already: o is off by some 0.4, and the budget is
+# 10⁻⁵. The test suite holds this mistake and some seventy others, as **mutants**: changed copies of the stages
+# that the tests must reject.
 # </details>

@@ -1,11 +1,9 @@
 # %% [markdown]
 # # 04 · Backward
 #
-# **Claim.** The backward needs P, but need not store it: q, k and one number a row give P back. That is
-# less memory, and less traffic.
+# **Claim.** The backward needs P, but need not store it: q, k and one number a row give P back.
 #
-# Before: [03 · Online softmax](03_online_softmax.ipynb). Next: the same algorithm as a GPU program, in
-# chapter 05.
+# Before: [03 · Online softmax](03_online_softmax.ipynb). This is the last chapter so far.
 
 # %%
 import torch
@@ -40,8 +38,8 @@ print(f"the stage online keeps   {online_bytes / 2**10:,.0f} KiB: q, k, v, o and
 # %% [markdown]
 # ## The formulas
 #
-# Five steps, in this order. They are the chain rule, applied to O = P v, then to the softmax, then to
-# S = scale · q kᵀ.
+# Six formulas, in this order. They are the chain rule, applied to O = P v, then to the softmax, then to
+# S = scale · q kᵀ: a line for each.
 #
 # $$dv = p^\top do \qquad dp = do\, v^\top$$
 #
@@ -49,7 +47,7 @@ print(f"the stage online keeps   {online_bytes / 2**10:,.0f} KiB: q, k, v, o and
 #
 # $$dq = \text{scale} \cdot ds\, k \qquad dk = \text{scale} \cdot ds^\top q$$
 #
-# The third line of thought is the softmax. Raising one score takes weight away from all others in its row,
+# The second line is the softmax. Raising one score takes weight away from all others in its row,
 # since a row of P sums to 1. The term delta is that loss, one number a row.
 #
 # Each formula against autograd, in float64, on a small case:
@@ -125,8 +123,8 @@ print("exp(s - lse):", "  ".join(f"{x:.6f}" for x in again[0].tolist()))
 #
 # At N = 4096 and D = 64, in float16, the standard backward moves seven N × N matrices: it reads P twice,
 # writes dp and ds, reads dp once, and ds twice. That is 224 MiB. The online backward does five matrix
-# products where the standard one does four, as it computes S again. Does it move more bytes, or fewer? By
-# what factor?
+# products where the standard one does four, as it computes S again. What share of the standard's bytes does
+# it move?
 #
 # Here the key tile stays, so `block_k` is the size that buys traffic. We take tiles of 64 queries and
 # 128 keys.
@@ -162,7 +160,8 @@ ratio = recomputed.counted.hbm_bytes / standard.counted.hbm_bytes
 print(f"you said {my_prediction}; counted {ratio:.2f}")
 
 # %% [markdown]
-# A quarter more FLOPs, less than half of the bytes, and one part in 60 of the extra memory.
+# A quarter more FLOPs and less than half of the bytes. The extra memory is that of the backward alone: dp and
+# ds there, delta and dq_sum here. The standard backward needs P from the forward besides, 32 MiB more.
 #
 # ## Counted against predicted
 
@@ -208,7 +207,7 @@ table(
 
 # %% [markdown]
 # More arithmetic, and yet a lower bound on every card, because arithmetic was never the limit. These are
-# bounds, not measurements: chapter 07 measures the kernels.
+# bounds, not measurements.
 #
 # ## Is it right?
 #
@@ -241,7 +240,7 @@ torch.autograd.gradcheck(
 #
 # **The backward computes P again instead of reading it: some more arithmetic, far fewer bytes, and
 # memory that grows with N.** What is still slow: these stages are Python loops. They show the traffic of
-# a fast kernel; they are not one. Chapter 05 writes the same algorithm as a program for the GPU.
+# a fast kernel; they are not one. The next step is to write the same algorithm as a program for the GPU.
 #
 # ## Exercises
 #

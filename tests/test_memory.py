@@ -367,3 +367,20 @@ def test_watching_changes_no_counter() -> None:
     assert watched.counted == run(rung, PRIMES, Machine()).counted
     assert watched.watched["acc_i"]
     assert not watched.watched["no such tile"]
+
+
+def test_a_machine_that_is_none_gets_a_sentence() -> None:
+    q = np.zeros((1, 1, 2, 2), "float32")
+    for machine in (5, "h200", Machine):
+        with pytest.raises(TypeError, match=r"machine must be a flashedu\.memory\.Machine"):
+            naive.attention(q, q, q, machine=machine)
+    for capacity in ("228k", 2.5):
+        with pytest.raises(TypeError, match="sram_bytes must be an integer, or None, got"):
+            Machine(capacity)
+    with pytest.raises(ValueError, match="sram_bytes must be 1 or more"):
+        Machine(0)
+
+
+def test_a_size_that_is_no_integer_gets_a_sentence() -> None:
+    with pytest.raises(TypeError, match=r"Nq must be an integer, got 4\.5"):
+        Problem(Nq=4.5, D=2)

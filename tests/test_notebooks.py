@@ -242,3 +242,16 @@ def test_nbval_fails_when_a_stored_output_was_changed(
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == code, result.stdout + result.stderr
     assert f"1 {'failed' if code else 'passed'}" in result.stdout
+
+
+def test_a_source_that_a_chapter_shows_is_the_lesson_and_not_a_wrapper() -> None:
+    shown = [
+        text
+        for path in tool.notebooks()
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if (text := output.get("data", {}).get("text/markdown", "")).startswith("```python")
+    ]
+    assert len(shown) >= 4
+    for text in shown:
+        assert "with machine.kernel(" in text, text

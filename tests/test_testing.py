@@ -97,3 +97,8 @@ def test_what_cannot_be_drawn_gets_a_sentence() -> None:
         draw(P, "odd")
     with pytest.raises(ValueError, match="bfloat16; float16 would do"):
         draw(P.replace(dtype="bfloat16"))
+
+
+def test_an_unknown_framework_gets_a_sentence() -> None:
+    with pytest.raises(ValueError, match="framework must be numpy or torch, got 'jax'"):
+        draw(Problem(Nq=2, D=2), framework="jax")

@@ -35,6 +35,8 @@ class Machine:
     def __init__(
         self, sram_bytes: int | None = None, *, trace: bool = True, watch: Sequence[str] = ()
     ) -> None:
+        if sram_bytes is not None and not isinstance(sram_bytes, int):
+            raise TypeError(f"sram_bytes must be an integer, or None, got {sram_bytes!r}")
         if sram_bytes is not None and sram_bytes < 1:
             raise ValueError(f"sram_bytes must be 1 or more, or None, got {sram_bytes}")
         self.hbm = HBM(self)

@@ -33,6 +33,9 @@ class Problem:
             object.__setattr__(self, "Nk", self.Nq)
         if self.H_kv == -1:
             object.__setattr__(self, "H_kv", self.H)
+        for name in ("B", "H", "H_kv", "Nq", "Nk", "D", "block_q", "block_k"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name in ("B", "Nq", "Nk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -41,7 +41,8 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
                 if times is not None:
                     text = ", ".join(map(str, times))
                     ax.text(j + width / 2, i + height / 2, text, ha="center", va="center",
-                            fontweight="bold", fontsize=9, zorder=5)  # fmt: skip
+                            fontweight="bold", fontsize=9, zorder=5,
+                            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
         if problem.causal:
             seen = np.clip(np.arange(problem.Nq) + problem.Nk - problem.Nq + 1, 0, problem.Nk)
             edges = np.repeat(np.arange(problem.Nq + 1), 2)[1:-1]

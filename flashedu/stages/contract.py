@@ -24,6 +24,7 @@ def check(
     scale: float | None,
     block_q: int = 128,
     block_k: int = 64,
+    machine: Any = None,
 ) -> tuple[Problem, float]:
     """Check the arguments of a stage; return their sizes and the scale.
 
@@ -60,6 +61,8 @@ def check(
             f"got H={H}"
         )
 
+    if machine is not None and not hasattr(machine, "hbm"):
+        raise TypeError(f"machine must be a flashedu.memory.Machine, or None, got {machine!r}")
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -106,6 +109,8 @@ def _check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str,
         "numpy": ("a NumPy array", f"np.asarray({name}) makes one"),
         "torch": ("a torch tensor", f"torch.as_tensor({name}) makes one"),
     }[framework]
+    if framework == "numpy" and framework_of(x) == "torch":
+        make = f"{name}.detach().cpu().numpy() makes one, or take a stage for torch"
     if framework_of(x) != framework:
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be {wanted} for stage '{stage}', got {kind}; {make}")

@@ -25,7 +25,7 @@ def attention(q, k, v, *, causal=False, scale=None, machine=None):
     Raises TypeError or ValueError for inputs outside this contract, and ValueError where a score
     is too large for float16, in which S is stored.
     """
-    problem, scale = check("naive", q, k, v, causal=causal, scale=scale)
+    problem, scale = check("naive", q, k, v, causal=causal, scale=scale, machine=machine)
     try:
         return forward(q, k, v, problem, scale, machine or UNCOUNTED)[0]
     except FloatingPointError:

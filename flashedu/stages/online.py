@@ -46,8 +46,9 @@ def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=128, block_
     if it sees none. float32 (float64 for float64 inputs). Gradients flow through it too.
     """
     problem, scale = check(
-        "online", q, k, v, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-    )
+        "online", q, k, v,
+        causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
+    )  # fmt: skip
     return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED)
 
 

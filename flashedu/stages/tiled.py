@@ -29,8 +29,9 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, mac
     do not fit the machine.
     """
     problem, scale = check(
-        "tiled", q, k, v, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-    )
+        "tiled", q, k, v,
+        causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
+    )  # fmt: skip
     return forward(q, k, v, problem, scale, machine or UNCOUNTED)
 
 
