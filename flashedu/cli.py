@@ -379,8 +379,8 @@ def _refuse_what_does_not_fit(problem: Problem) -> None:
     fits = largest_n(problem, memory // 2)
     advice = f"--n {fits} would do" if fits else "fewer --heads or --batch are needed"
     raise Refused(
-        f"flashedu ladder: --n {problem.Nq} needs about {human_bytes(needed)}, mostly for the check in "
-        f"float64, more than half of this machine's {human_bytes(memory)}: {advice}"
+        f"flashedu ladder: --n {problem.Nq} needs about {human_bytes(needed)}, mostly for the "
+        f"check in float64, more than half of this machine's {human_bytes(memory)}: {advice}"
     )
 
 
