@@ -269,7 +269,7 @@ for family in ("normal", "peaked", "large", "rising"):
 #
 # <details><summary>Answer</summary>
 #
-# The check raises an AssertionError on the first family already: o is off by some 0.4, and the budget is
+# The check raises an AssertionError on the first family already: o is off by nearly 1, and the budget is
 # 10⁻⁵. The test suite holds this mistake and some seventy others, as **mutants**: changed copies of the stages
 # that the tests must reject.
 # </details>
