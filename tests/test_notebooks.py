@@ -255,3 +255,5 @@ def test_a_source_that_a_chapter_shows_is_the_lesson_and_not_a_wrapper() -> None
     assert len(shown) >= 4
     for text in shown:
         assert "with machine.kernel(" in text, text
+        too_long = [line for line in text.splitlines() if len(line) > 88]
+        assert not too_long, f"a slide or a notebook breaks these lines: {too_long}"

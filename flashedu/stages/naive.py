@@ -59,7 +59,7 @@ def forward(q, k, v, problem, scale, machine):
         s = S.load()
         if problem.causal:
             s = np.where(np.tri(Nq, Nk, Nk - Nq, dtype=bool), s, -np.inf)
-        lowest = np.finfo(s.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+        lowest = np.finfo(s.dtype).min  # finite: a row with no key gives 0
         m = s.max(axis=-1, keepdims=True, initial=lowest)  # (B, H, Nq, 1)
         p = np.exp(s - m)
         l = p.sum(axis=-1, keepdims=True)
@@ -76,7 +76,7 @@ def forward(q, k, v, problem, scale, machine):
 
 
 def backward(do, q, k, v, p, problem, scale, machine):
-    """dq, dk, dv from do (B, H, Nq, D) and the P that `forward` left in HBM: five kernels.
+    """dq, dk, dv from do (B, H, Nq, D) and the P that `forward` left: five kernels.
 
     dv = pᵀ do    dp = do vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dq = scale · ds k
     dk = scale · dsᵀ q
@@ -89,13 +89,12 @@ def backward(do, q, k, v, p, problem, scale, machine):
     V = hbm.array("v", v, shared_by=problem.group)
     DP = hbm.scratch("dp", (B, H, Nq, Nk), like=q)
     DS = hbm.scratch("ds", (B, H, Nq, Nk), like=q)
-    DQ, DK, DV = (
-        hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v))
-    )
+    DQ = hbm.output("dq", q.shape, like=q)
+    DK, DV = hbm.output("dk", k.shape, like=k), hbm.output("dv", v.shape, like=v)
     queries, keys = slice(0, Nq), slice(0, Nk)  # all of them
 
     def sum_over_group(dx):
-        """(B, H, Nk, D) → (B, H_kv, Nk, D): the query heads that share a head add up."""
+        """(B, H, Nk, D) → (B, H_kv, Nk, D): heads that share a key head add up."""
         return dx.reshape(B, problem.H_kv, problem.group, Nk, D).sum(axis=2)
 
     with machine.kernel("naive dv", problem):

@@ -53,7 +53,7 @@ def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=128, block_
 
 
 def forward(q, k, v, problem, scale, machine):
-    """o (B, H, Nq, D) and lse (B, H, Nq). Each query tile is independent of the others."""
+    """o (B, H, Nq, D) and lse (B, H, Nq). No query tile needs another."""
     Nq, Nk, causal = problem.Nq, problem.Nk, problem.causal
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
 
@@ -66,7 +66,7 @@ def forward(q, k, v, problem, scale, machine):
     with machine.kernel("online", problem):
         for i in sram.tiles(Nq, problem.block_q):
             q_i = Q.load(i)  # (B, H, block_q, D)
-            lowest = torch.finfo(q_i.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+            lowest = torch.finfo(q_i.dtype).min  # finite: a row with no key gives 0
             m_i = torch.full_like(q_i[..., :1], lowest)  # (B, H, block_q, 1)
             l_i = torch.zeros_like(m_i)
             acc_i = torch.zeros_like(q_i)
@@ -78,7 +78,8 @@ def forward(q, k, v, problem, scale, machine):
                 s_ij = scale * matmul(q_i, k_j.mT)  # (B, H, block_q, block_k)
                 sram.hold(s_ij=s_ij)
                 if causal:
-                    s_ij = s_ij.masked_fill(_hidden(i, j, problem, q.device), -torch.inf)
+                    hidden = _hidden(i, j, problem, q.device)
+                    s_ij = s_ij.masked_fill(hidden, -torch.inf)
 
                 m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))
                 alpha = torch.exp(m_i - m_new)
@@ -86,7 +87,7 @@ def forward(q, k, v, problem, scale, machine):
                 l_i = alpha * l_i + p_ij.sum(-1, keepdim=True)
                 acc_i = alpha * acc_i + matmul(p_ij, v_j)
                 m_i = m_new
-                sram.hold(m_i=m_i, l_i=l_i, acc_i=acc_i)  # in the places of the old ones
+                sram.hold(m_i=m_i, l_i=l_i, acc_i=acc_i)  # in the old places
 
             O.store(i, acc_i / torch.where(l_i == 0, 1, l_i))
             LSE.store(i, m_i + torch.log(l_i))
@@ -95,26 +96,27 @@ def forward(q, k, v, problem, scale, machine):
 
 
 def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
-    """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None.
+    """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), which may be None.
 
-    A key tile stays in SRAM, with its dk and dv, while the query tiles that see it pass by. Each
-    adds to dq_i in HBM, in float32, as it belongs to no one key tile.
+    A key tile stays in SRAM, with its dk and dv, while the query tiles that see it pass
+    by. Each adds to dq_i in HBM, in float32, as it belongs to no one key tile.
     """
     B, H, Nq, Nk, D = problem.B, problem.H, problem.Nq, problem.Nk, problem.D
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
     f32 = acc_dtype(q)  # float64 for float64 inputs
 
     Q, K, V = hbm.array("q", q), hbm.array("k", k), hbm.array("v", v)
-    O, DO, LSE = hbm.array("o", o), hbm.array("do", do), hbm.array("lse", lse[..., None])
-    DQ, DK, DV = (
-        hbm.output(name, x.shape, like=x) for name, x in (("dq", q), ("dk", k), ("dv", v))
-    )
+    O, DO = hbm.array("o", o), hbm.array("do", do)
+    LSE = hbm.array("lse", lse[..., None])
+    DQ = hbm.output("dq", q.shape, like=q)
+    DK, DV = hbm.output("dk", k.shape, like=k), hbm.output("dv", v.shape, like=v)
     DELTA = hbm.scratch("delta", (B, H, Nq, 1), like=q, dtype=f32)
     DQ_SUM = hbm.scratch("dq_sum", (B, H, Nq, D), like=q, dtype=f32)
 
     with machine.kernel("online delta", problem):
         for i in sram.tiles(Nq, problem.block_q):
-            delta_i = (DO.load(i) * O.load(i)).sum(-1, keepdim=True)  # (B, H, block_q, 1)
+            do_i, o_i = DO.load(i), O.load(i)  # (B, H, block_q, D)
+            delta_i = (do_i * o_i).sum(-1, keepdim=True)  # (B, H, block_q, 1)
             if dlse is not None:
                 delta_i = delta_i - dlse[:, :, i, None]  # ∂lse/∂s = p
             sram.hold(delta_i=delta_i)
@@ -131,13 +133,15 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
             for g in range(problem.group):  # the query heads that share k_j and v_j
                 heads = slice(g, None, problem.group)
                 for i in sram.tiles(Nq, problem.block_q, start=first_query):
-                    q_i, do_i = Q.load(i, heads), DO.load(i, heads)  # (B, H_kv, block_q, D)
+                    q_i = Q.load(i, heads)  # (B, H_kv, block_q, D)
+                    do_i = DO.load(i, heads)
                     lse_i, delta_i = LSE.load(i, heads), DELTA.load(i, heads)
-                    lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # no key: p = 0
+                    lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # p = 0
 
                     s_ij = scale * matmul(q_i, k_j.mT)  # (B, H_kv, block_q, block_k)
                     if problem.causal:
-                        s_ij = s_ij.masked_fill(_hidden(i, j, problem, q.device), -torch.inf)
+                        hidden = _hidden(i, j, problem, q.device)
+                        s_ij = s_ij.masked_fill(hidden, -torch.inf)
                     p_ij = torch.exp(s_ij - lse_i)
                     dp_ij = matmul(do_i, v_j.mT)
                     ds_ij = p_ij * (dp_ij - delta_i)

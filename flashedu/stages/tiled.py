@@ -36,7 +36,7 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, mac
 
 
 def forward(q, k, v, problem, scale, machine):
-    """o (B, H, Nq, D). Each query tile is independent of the others."""
+    """o (B, H, Nq, D). No query tile needs another."""
     Nq, Nk, causal = problem.Nq, problem.Nk, problem.causal
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
 
@@ -59,7 +59,7 @@ def forward(q, k, v, problem, scale, machine):
             keys_seen = max(0, i.stop + Nk - Nq) if causal else Nk
             q_i = Q.load(i)  # (B, H, block_q, D)
 
-            lowest = np.finfo(q_i.dtype).min  # not -inf: a row that sees no key gives 0, not NaN
+            lowest = np.finfo(q_i.dtype).min  # finite: a row with no key gives 0
             m_i = np.full_like(q_i[..., :1], lowest)  # (B, H, block_q, 1)
             sram.hold(m_i=m_i)
             for j in sram.tiles(Nk, problem.block_k, stop=keys_seen):
