@@ -451,7 +451,9 @@ def check_results_look_like_their_inputs(subject: Subject) -> None:
                 continue
             with case(p, name):
                 assert type(x) is type(like)
-                assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+                assert (x.shape, x.dtype) == (like.shape, like.dtype)
+                if subject.framework == "torch":
+                    assert x.device == like.device
         if got.lse is not None:
             wide = torch.float64 if dtype == "float64" else torch.float32
             assert got.lse.dtype == wide
