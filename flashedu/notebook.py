@@ -27,9 +27,16 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Markdown:
 
 
 def record(name: str) -> dict[str, Any]:
-    """What was measured once, from benchmarks/results/ of the checkout, as it was recorded."""
+    """What was measured once, as recorded in benchmarks/results/ of the checkout.
+
+    Raises FileNotFoundError, listing the records, if there is none of that name.
+    """
     folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    path = folder / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(other.stem for other in folder.glob("*.json"))) or "none"
+        raise FileNotFoundError(f"name must be one of the records ({known}), got {name!r}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 

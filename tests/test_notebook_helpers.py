@@ -25,6 +25,16 @@ def test_the_source_shown_is_the_packages_own():
     assert shown.endswith("return O.data, P.data\n```")
 
 
+def test_a_record_names_its_card_and_date():
+    text = notebook.label(notebook.record("standard_attention_h200_2026-11-23"))
+    assert text.startswith("recorded 2026-11-23 on an NVIDIA H200, torch 2.11.0")
+
+
+def test_a_record_that_is_not_there_gets_a_list_of_those_that_are():
+    with pytest.raises(FileNotFoundError, match=r"standard_attention_h200.*got 'nothing'"):
+        notebook.record("nothing")
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [(0, "0"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (99328, "97 KiB"),
