@@ -224,8 +224,7 @@ def _triton_mode(facts: Facts) -> Finding:
         return Finding(name, found, "note", advice)
     if facts.torch_sees_gpu:
         return Finding(name, "compiled for the GPU")
-    advice = "set TRITON_INTERPRET=1 before Python starts, to run them on the CPU"
-    return Finding(name, "not run: torch sees no GPU to compile for", "note", advice)
+    return Finding(name, "interpreted on the CPU: torch sees no GPU to compile for")
 
 
 def _triton_traps(facts: Facts, found: str) -> list[Finding]:
@@ -294,7 +293,10 @@ def look() -> Facts:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name in ("numpy", "torch", "triton"):
-            if name in versions and (reason := _import_error(name)):
+            # triton by way of triton_mode, which chooses its mode before it is imported
+            by_mode = name == "triton" and "torch" in versions and "torch" not in broken
+            module = "flashedu.stages.triton_mode" if by_mode else name
+            if name in versions and (reason := _import_error(module)):
                 broken[name] = reason
         caught.clear()
         torch = None if "torch" in broken else sys.modules.get("torch")

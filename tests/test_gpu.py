@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashedu.memory import Machine, Problem, cost
-from flashedu.stages import online
+from flashedu.stages import online, rung
 from flashedu.stages.reference import Reference
 from flashedu.testing import assert_right, draw
 
@@ -22,14 +22,17 @@ pytestmark = [
 P = Problem(B=2, H=4, H_kv=2, Nq=67, Nk=131, D=40, block_q=32, block_k=48)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_online_matches_float64_on_the_card(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(name, dtype) for name in ("online", "flash2") for dtype in rung(name).dtypes],
+)
+def test_matches_float64_on_the_card(stage: str, dtype: str) -> None:
+    tiles = {"block_q": P.block_q, "block_k": P.block_k} if rung(stage).tiles else {}
     for family, causal in itertools.product(("normal", "peaked", "rising"), (False, True)):
         p = P.replace(dtype=dtype, causal=causal)
         q, k, v, do = (x.cuda() for x in draw(p, family, framework="torch"))
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        options = {"causal": causal, "block_q": p.block_q, "block_k": p.block_k}
-        o, lse = online.attention_with_lse(*leaves, **options)
+        o, lse = rung(stage).load().attention_with_lse(*leaves, causal=causal, **tiles)
         assert o.device == q.device
         o.backward(do)
         got = Reference(o, lse, *(x.grad for x in leaves))
@@ -54,3 +57,17 @@ def test_a_watched_tile_comes_to_the_host() -> None:
     q, k, v, _ = (x.cuda() for x in draw(P, framework="torch"))
     online.attention(q, k, v, block_q=P.block_q, block_k=P.block_k, machine=machine)
     assert machine.watched["m_i"][-1].shape == (P.B, P.H, 3, 1)  # the last tile: 67 = 2 · 32 + 3
+
+
+@pytest.mark.parametrize("D", [7, 64, 128, 256])
+def test_flash2_gives_the_same_bits_each_time(D: int) -> None:
+    q, k, v, do = (x.cuda() for x in draw(P.replace(D=D), framework="torch"))
+
+    def run() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o, lse = rung("flash2").load().attention_with_lse(*leaves, causal=True)
+        return [o, lse, *torch.autograd.grad(o, leaves, do)]
+
+    first = run()
+    for _ in range(5):
+        assert all(map(torch.equal, run(), first))

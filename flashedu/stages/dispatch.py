@@ -17,6 +17,8 @@ def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> A
         runnable = ", ".join(r.name for r in LADDER if r.missing() is None)
         raise RuntimeError(f"{reason}. Stages that run here: {runnable}")
     function = chosen.load().attention
+    if options.get("machine") is None:
+        options.pop("machine", None)  # not every stage can be counted
     for name in options:
         if name not in inspect.signature(function).parameters:
             takes = ", ".join(list(inspect.signature(function).parameters)[3:])

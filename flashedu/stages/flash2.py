@@ -1,0 +1,393 @@
+"""FlashAttention-2: the online softmax as GPU programs, one for each tile of queries.
+
+What changed from `online`: the outer loop is gone. Each of its passes is a program of its own, and
+a GPU runs hundreds of them side by side: the grid is (query tiles) × (batches · heads). A program
+keeps q_i, m_i, l_i and acc_i on chip and walks over k and v, so o is written once and never read.
+
+    s = scale · q kᵀ    m_new = max(m, rowmax(s))    α = 2^(m − m_new)    p = 2^(s − m_new)
+    l ← α l + rowsum(p)    acc ← α acc + p v    o = acc / l and lse = ln2 · (m + log2 l) at the end
+
+The GPU's exponential is 2^x, so scale holds a factor log2 e, and m and s are in base 2.
+
+Backward: three kernels and no atomics. delta; then dk and dv, a program for each key tile, which
+walks over the queries that see it; then dq, a program for each query tile. P is computed twice,
+and in return each gradient has one owner: no sum depends on which program came first.
+
+Source: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flashedu.stages import triton_mode  # before triton
+from flashedu.stages.contract import check
+from flashedu.stages.flash2_tiles import Tiles, tiles_for
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no key gives 0
+LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(1 / math.log(2))
+
+
+def attention(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
+    """softmax(scale · q kᵀ) v by Triton kernels; differentiable.
+
+    q: (B, H, Nq, D). k, v: (B, H_kv, Nk, D), H a multiple of H_kv. float16, bfloat16 or float32, on
+    the GPU, or on the CPU where there is none and kernels are interpreted. Any strides.
+    causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
+    scale: 1/√D if None. block_q, block_k: queries and keys in a tile, powers of two from 16 to 256;
+    None takes those tuned for this card.
+    Returns o: (B, H, Nq, D), of q's dtype.
+    Raises TypeError or ValueError for inputs outside this contract.
+    """
+    options = dict(causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    return attention_with_lse(q, k, v, **options)[0]
+
+
+def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
+    """As `attention`; returns o and lse.
+
+    lse: (B, H, Nq), float32, the natural log of Σ exp(scale · q kᵀ) over the keys that a query
+    sees, −inf if it sees none. Gradients flow through it too.
+    """
+    sizes = {"block_q": block_q, "block_k": block_k}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    problem, scale = check("flash2", q, k, v, causal=causal, scale=scale, **given)
+    for name, size in given.items():
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"{name} must be a power of two from 16 to 256, got {size}")
+    triton_mode.check_device("flash2", "q", q)
+    return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
+
+
+# forward
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, O, LSE, scale, H, Nq, Nk,
+    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """o and lse of one query tile of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
+    i = _longest_first(BLOCK_Q, CAUSAL)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    rows = i + tl.arange(0, BLOCK_Q)
+
+    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+    m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_Q], tl.float32)
+    acc_i = tl.zeros([BLOCK_Q, D], tl.float32)
+
+    seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+    for MASKED in tl.static_range(2):  # first the tiles that need no mask, then the others
+        start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
+        for j in tl.range(start, stop, BLOCK_K):
+            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
+            if MASKED:
+                cols = j + tl.arange(0, BLOCK_K)
+                s_ij = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL), s_ij, float("-inf"))
+
+            m_new = tl.maximum(m_i, tl.max(s_ij, 1))
+            alpha = tl.exp2(m_i - m_new)
+            p_ij = tl.exp2(s_ij - m_new[:, None])
+            l_i = alpha * l_i + tl.sum(p_ij, 1)
+            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            acc_i = tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")
+            m_i = m_new
+
+    some = l_i > 0  # False for a row that sees no key
+    o_i = acc_i / tl.where(some, l_i, 1)[:, None]
+    lse_i = tl.where(some, LN2 * (m_i + tl.log2(tl.where(some, l_i, 1))), float("-inf"))
+    O.store([b, h, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, D))
+    tl.store(LSE + tl.program_id(1).to(tl.int64) * Nq + rows, lse_i, mask=rows < Nq)
+
+
+@triton.jit
+def _longest_first(BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """The first row of this program's tile. Causal: the last tile has most to do, and starts."""
+    tile = tl.program_id(0)
+    if CAUSAL:
+        tile = tl.num_programs(0) - 1 - tile
+    return tile * BLOCK
+
+
+@triton.jit
+def _keys_seen(
+    i, Nq, Nk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """How many keys, in whole tiles, every query of tile i sees; how many any of them sees."""
+    by_all, by_any = Nk, Nk
+    if CAUSAL:
+        by_all = tl.minimum(Nk, tl.maximum(0, i + 1 + Nk - Nq))
+        by_any = tl.minimum(Nk, tl.maximum(0, i + BLOCK_Q + Nk - Nq))
+    return by_all // BLOCK_K * BLOCK_K, by_any
+
+
+@triton.jit
+def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
+    """(BLOCK_Q, BLOCK_K): True where both exist and the key is not in the query's future."""
+    visible = (cols < Nk)[None, :] & (rows < Nq)[:, None]
+    if CAUSAL:
+        visible = visible & (cols[None, :] <= rows[:, None] + Nk - Nq)
+    return visible
+
+
+# backward
+
+
+@triton.jit
+def delta_kernel(O, DO, DELTA, H, Nq, D: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """delta = rowsum(do ∘ o) of one query tile."""
+    i = tl.program_id(0) * BLOCK_Q
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    rows = i + tl.arange(0, BLOCK_Q)
+    o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, D).to(tl.float32)
+    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D).to(tl.float32)
+    delta_i = tl.sum(do_i * o_i, 1)
+    tl.store(DELTA + tl.program_id(1).to(tl.int64) * Nq + rows, delta_i, mask=rows < Nq)
+
+
+@triton.jit
+def dkdv_kernel(
+    Q, K, V, DO, LSE, DELTA, DK, DV, scale, H_kv, Nq, Nk,
+    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
+
+    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
+    """
+    j = tl.program_id(0) * BLOCK_K  # causal: the first key tile is seen by most, and starts first
+    b, h_kv = tl.program_id(1) // H_kv, tl.program_id(1) % H_kv
+    cols = j + tl.arange(0, BLOCK_K)
+
+    k_j = K.load([b, h_kv, j, 0]).reshape(BLOCK_K, D)
+    v_j = V.load([b, h_kv, j, 0]).reshape(BLOCK_K, D)
+    dk_j = tl.zeros([BLOCK_K, D], tl.float32)
+    dv_j = tl.zeros([BLOCK_K, D], tl.float32)
+
+    first, all_see = 0, 0
+    if CAUSAL:  # the first query that sees any key of the tile, and the first that sees all
+        first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q
+        all_see = tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))
+        all_see = tl.minimum(tl.cdiv(all_see, BLOCK_Q), tl.cdiv(Nq, BLOCK_Q)) * BLOCK_Q
+    if j + BLOCK_K > Nk:  # keys that do not exist: masked for every query
+        all_see = tl.cdiv(Nq, BLOCK_Q) * BLOCK_Q
+    for g in range(GROUP):
+        h = h_kv * GROUP + g
+        head = (b * H_kv * GROUP + h).to(tl.int64) * Nq
+        for MASKED in tl.static_range(2):
+            start, stop = (first, all_see) if MASKED else (all_see, Nq)
+            for i in tl.range(start, stop, BLOCK_Q):
+                rows = i + tl.arange(0, BLOCK_Q)
+                q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+                lse_i = _load_lse(LSE + head, rows, Nq)
+                s_ji = tl.dot(k_j, q_i.T, input_precision="ieee") * (scale * LOG2E)
+                if MASKED:
+                    s_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))
+                p_ji = tl.exp2(s_ji - lse_i[None, :])
+
+                do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+                dv_j = tl.dot(p_ji.to(do_i.dtype), do_i, dv_j, input_precision="ieee")
+                delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
+                dp_ji = tl.dot(v_j, do_i.T, input_precision="ieee")
+                ds_ji = p_ji * (dp_ji - delta_i[None, :])
+                dk_j = tl.dot(ds_ji.to(q_i.dtype), q_i, dk_j, input_precision="ieee")
+
+    DK.store([b, h_kv, j, 0], (scale * dk_j).to(DK.dtype).reshape(1, 1, BLOCK_K, D))
+    DV.store([b, h_kv, j, 0], dv_j.to(DV.dtype).reshape(1, 1, BLOCK_K, D))
+
+
+@triton.jit
+def dq_kernel(
+    Q, K, V, DO, LSE, DELTA, DQ, scale, H, Nq, Nk,
+    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq of one query tile: it walks over the keys that it sees, as the forward does."""
+    i = _longest_first(BLOCK_Q, CAUSAL)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    rows = i + tl.arange(0, BLOCK_Q)
+    head = tl.program_id(1).to(tl.int64) * Nq
+
+    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+    lse_i = _load_lse(LSE + head, rows, Nq)
+    delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
+    dq_i = tl.zeros([BLOCK_Q, D], tl.float32)
+
+    seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+    for MASKED in tl.static_range(2):
+        start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
+        for j in tl.range(start, stop, BLOCK_K):
+            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
+            if MASKED:
+                cols = j + tl.arange(0, BLOCK_K)
+                s_ij = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL), s_ij, float("-inf"))
+            p_ij = tl.exp2(s_ij - lse_i[:, None])
+            dp_ij = tl.dot(do_i, v_j.T, input_precision="ieee")
+            ds_ij = p_ij * (dp_ij - delta_i[:, None])
+            dq_i = tl.dot(ds_ij.to(k_j.dtype), k_j, dq_i, input_precision="ieee")
+
+    DQ.store([b, h, i, 0], (scale * dq_i).to(DQ.dtype).reshape(1, 1, BLOCK_Q, D))
+
+
+@triton.jit
+def _load_lse(LSE, rows, Nq):
+    """In base 2. +inf for a row that sees no key, or does not exist: its p = 2^(s − inf) is 0."""
+    lse_i = tl.load(LSE + rows, mask=rows < Nq, other=float("inf"))
+    return tl.where(lse_i == float("-inf"), float("inf"), lse_i) * LOG2E
+
+
+# launches
+
+
+def forward(q, k, v, *, causal, scale, tile):
+    """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each query tile of each head."""
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    lse = q.new_full((B, H, Nq), -torch.inf, dtype=torch.float32)
+    if 0 in (B, Nq, Nk):
+        return torch.zeros_like(q), lse
+    o = _empty_like(q)
+    grid = (triton.cdiv(Nq, tile.block_q), B * H)
+    forward_kernel[grid](
+        _tiles_of(q, tile.block_q), _tiles_of(k, tile.block_k), _tiles_of(v, tile.block_k),
+        _tiles_of(o, tile.block_q), lse, scale, H, Nq, Nk,
+        GROUP=H // H_kv, D=_padded(D), CAUSAL=causal, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return o.to(q.dtype).contiguous(), lse
+
+
+def backward(do, dlse, q, k, v, o, lse, *, causal, scale, dkdv_tile, dq_tile):
+    """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None."""
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    if 0 in (B, Nq, Nk):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = torch.empty_like(lse)
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    sizes = dict(GROUP=H // H_kv, D=_padded(D), CAUSAL=causal)
+
+    delta_kernel[(triton.cdiv(Nq, 64), B * H)](
+        _tiles_of(o, 64), _tiles_of(do, 64), delta, H, Nq, D=_padded(D), BLOCK_Q=64
+    )
+    if dlse is not None:
+        delta -= dlse  # ∂lse/∂s = p
+
+    t = dkdv_tile
+    dkdv_kernel[(triton.cdiv(Nk, t.block_k), B * H_kv)](
+        _tiles_of(q, t.block_q), _tiles_of(k, t.block_k), _tiles_of(v, t.block_k),
+        _tiles_of(do, t.block_q), lse, delta, _tiles_of(dk, t.block_k), _tiles_of(dv, t.block_k),
+        scale, H_kv, Nq, Nk, **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    t = dq_tile
+    dq_kernel[(triton.cdiv(Nq, t.block_q), B * H)](
+        _tiles_of(q, t.block_q), _tiles_of(k, t.block_k), _tiles_of(v, t.block_k),
+        _tiles_of(do, t.block_q), lse, delta, _tiles_of(dq, t.block_q),
+        scale, H, Nq, Nk, **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    return tuple(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v)))
+
+
+def _tiles_of(x, block):
+    """A descriptor of (B, heads, N, D), read and written in tiles of `block` rows.
+
+    Rows and columns beyond the array read as 0 and are not written, so any N and D will do. The
+    hardware wants rows that are contiguous and strides of whole 16 bytes; other arrays are copied.
+    """
+    if triton_mode.INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()  # the interpreter has no bfloat16 arithmetic
+    item = x.dtype.itemsize
+    strides_fit = all(stride > 0 and stride * item % 16 == 0 for stride in x.stride()[:-1])
+    if not (x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0):
+        copy = _empty_like(x)
+        copy.copy_(x)
+        x = copy
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, _padded(x.shape[-1])])
+
+
+def _empty_like(x):
+    """An array of x's shape that a descriptor can address: its rows begin every 16 bytes."""
+    dtype = x.dtype
+    if triton_mode.INTERPRETED and dtype == torch.bfloat16:
+        dtype = torch.float32
+    per_16_bytes = 16 // dtype.itemsize
+    width = triton.cdiv(x.shape[-1], per_16_bytes) * per_16_bytes
+    return x.new_empty((*x.shape[:-1], width), dtype=dtype)[..., : x.shape[-1]]
+
+
+def _padded(D):
+    """Columns of a tile: the matrix units want a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(D))
+
+
+# for PyTorch: an operator, so that torch.compile takes it whole
+
+
+@torch.library.custom_op("flashedu::flash2", mutates_args=())
+def flash2_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    causal: bool, scale: float, block_q: int, block_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`forward`; block sizes of 0 take the tuned ones."""
+    return forward(q, k, v, causal=causal, scale=scale, tile=_tiles(q, block_q, block_k).forward)
+
+
+@flash2_op.register_fake
+def _(q, k, v, causal, scale, block_q, block_k):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        q.shape[:3], dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("flashedu::flash2_backward", mutates_args=())
+def flash2_backward_op(
+    do: torch.Tensor, dlse: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
+    causal: bool, scale: float, block_q: int, block_k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`backward`; block sizes of 0 take the tuned ones."""
+    tiles = _tiles(q, block_q, block_k)
+    return backward(
+        do, dlse, q, k, v, o, lse,
+        causal=causal, scale=scale, dkdv_tile=tiles.dkdv, dq_tile=tiles.dq,
+    )  # fmt: skip
+
+
+@flash2_backward_op.register_fake
+def _(do, dlse, q, k, v, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    gradients = flash2_backward_op(do, dlse, q, k, v, o, lse, *ctx.rest)
+    return *gradients, None, None, None, None
+
+
+flash2_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _tiles(q, block_q, block_k):
+    """The tiles tuned for q's card, head size and dtype, with the caller's sizes if given."""
+    capability = None if triton_mode.INTERPRETED else torch.cuda.get_device_capability(q.device)
+    tuned = tiles_for(capability, _padded(q.shape[-1]), q.dtype.itemsize)
+    sizes = {"block_q": block_q, "block_k": block_k}
+    given = {name: size for name, size in sizes.items() if size}
+    return Tiles(*(tile._replace(**given) for tile in tuned))

@@ -1,0 +1,43 @@
+"""Triton on this machine: compiled for its GPU or, where there is none, interpreted on the CPU.
+
+Triton decides when it is imported: its own functions are kernels too. So the choice is made here,
+before the first import, and every stage with kernels imports this module first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from unittest import mock
+
+import torch
+
+if "triton" not in sys.modules and not torch.cuda.is_available():
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        import triton.language as tl
+else:
+    import triton.language as tl
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+INTERPRETED = isinstance(tl.zeros, InterpretedFunction)
+if INTERPRETED:
+    knobs.runtime.interpret = True  # for the kernels that are defined from here on
+
+if not INTERPRETED and not torch.cuda.is_available():
+    raise ImportError(
+        "Triton was imported before flashedu could choose its interpreter, and there is no GPU to "
+        "compile for: import flashedu first, or set TRITON_INTERPRET=1 before Python starts"
+    )
+
+
+def check_device(stage: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError, with a sentence, if kernels cannot reach `x`."""
+    wanted = "cpu" if INTERPRETED else "cuda"
+    if x.device.type != wanted:
+        how = (
+            "kernels are interpreted here, on the CPU; unset TRITON_INTERPRET to compile them"
+            if INTERPRETED
+            else "kernels are compiled for the GPU here; TRITON_INTERPRET=1 runs them on the CPU"
+        )
+        raise ValueError(f"{name} must be on {wanted} for stage '{stage}', got {x.device}: {how}")
