@@ -63,7 +63,7 @@ LADDER = (
 
 
 # Stages that run, and whose traffic is not counted yet: they are not on the ladder.
-UNCOUNTED = (
+NOT_COUNTED_YET = (
     Rung(
         "flash2",
         "torch",
@@ -79,8 +79,8 @@ UNCOUNTED = (
 
 def rung(name: str) -> Rung:
     """The rung of that name. Raises ValueError, listing what there is."""
-    for candidate in (*LADDER, *UNCOUNTED):
+    for candidate in (*LADDER, *NOT_COUNTED_YET):
         if candidate.name == name:
             return candidate
-    known = ", ".join(candidate.name for candidate in (*LADDER, *UNCOUNTED))
+    known = ", ".join(candidate.name for candidate in (*LADDER, *NOT_COUNTED_YET))
     raise ValueError(f"stage must be one of {known}, got {name!r}")
