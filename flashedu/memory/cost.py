@@ -10,7 +10,7 @@ Letters: w is the bytes of a value in HBM, a the bytes of a value in the arithme
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,9 @@ class Cost:
     hbm_read_bytes: int = 0
     hbm_write_bytes: int = 0
     hbm_extra_bytes: int = 0  # memory beside inputs and results
-    sram_peak_bytes: int = 0  # of one program
+    sram_peak_bytes: int | None = (
+        0  # of one program; None for a Triton kernel: the compiler's choice
+    )
     flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
@@ -33,7 +35,7 @@ class Cost:
             self.hbm_read_bytes + other.hbm_read_bytes,
             self.hbm_write_bytes + other.hbm_write_bytes,
             self.hbm_extra_bytes + other.hbm_extra_bytes,
-            max(self.sram_peak_bytes, other.sram_peak_bytes),
+            _larger(self.sram_peak_bytes, other.sram_peak_bytes),
             self.flops + other.flops,
         )
 
@@ -46,6 +48,10 @@ class Cost:
     def intensity(self) -> float:
         """Arithmetic intensity: FLOPs for each byte of HBM traffic."""
         return self.flops / self.hbm_bytes if self.hbm_bytes else 0.0
+
+
+def _larger(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
 
 
 # naive: three kernels, S and P in HBM between them
@@ -215,6 +221,94 @@ def online_backward(p: Problem) -> Cost:
     return online_delta(p) + online_gradients(p) + online_round(p)
 
 
+# the Triton kernels: a matrix unit multiplies whole tiles, and what is on chip is not counted
+
+
+def flash1(p: Problem) -> Cost:
+    """K and v pass by once; q, and o with its m and l, once for each key tile that they see."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    state = p.D * a + 2 * a  # of a query: o, m, l in HBM
+    extra = Cost(hbm_extra_bytes=heads * p.Nq * (state + a), sram_peak_bytes=None)
+    if _empty(p):
+        return extra
+    _, queries = _key_tiles(p)
+    passed = int(queries.sum())
+    key_tiles_seen = int((-(-queries // p.block_q)).sum())
+    return extra + Cost(
+        hbm_read_bytes=heads * (2 * p.Nk * p.D * w + passed * (p.D * w + state) + p.Nq * state),
+        hbm_write_bytes=heads * (p.Nq * state + passed * state + p.Nq * (p.D * w + a)),
+        flops=2 * heads * key_tiles_seen * _tile_flops(p),
+    )
+
+
+def flash2(p: Problem) -> Cost:
+    """The bytes of `online`."""
+    moved = online(p)
+    extra = Cost(hbm_extra_bytes=moved.hbm_extra_bytes, sram_peak_bytes=None)
+    if _empty(p):
+        return extra
+    return extra + Cost(
+        hbm_read_bytes=moved.hbm_read_bytes,
+        hbm_write_bytes=moved.hbm_write_bytes,
+        flops=2 * p.B * p.H * _visits(p) * _tile_flops(p),
+    )
+
+
+def flash2_delta(p: Problem) -> Cost:
+    """delta = rowsum(do ∘ o)."""
+    return replace(online_delta(p), sram_peak_bytes=None)
+
+
+def flash2_dkdv(p: Problem) -> Cost:
+    """A program for each key tile: k_j and v_j once, and all queries that see them."""
+    w, a, kv_heads = p.item_bytes, p.acc_bytes, p.B * p.H_kv
+    _, queries = _key_tiles(p)
+    visits = int((-(-queries // p.block_q)).sum())
+    return Cost(
+        hbm_read_bytes=kv_heads * 2 * p.Nk * p.D * w
+        + p.B * p.H * int(queries.sum()) * (2 * p.D * w + 2 * a),
+        hbm_write_bytes=kv_heads * 2 * p.Nk * p.D * w,
+        sram_peak_bytes=None,
+        flops=4 * p.B * p.H * visits * _tile_flops(p),
+    )
+
+
+def flash2_dq(p: Problem) -> Cost:
+    """A program for each query tile: q_i and do_i once, and all keys that they see."""
+    w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
+    _, keys = _query_tiles(p)
+    return Cost(
+        hbm_read_bytes=heads * (p.Nq * (2 * p.D * w + 2 * a) + int(keys.sum()) * 2 * p.D * w),
+        hbm_write_bytes=heads * p.Nq * p.D * w,
+        sram_peak_bytes=None,
+        flops=3 * heads * _visits(p) * _tile_flops(p),
+    )
+
+
+def flash2_backward(p: Problem) -> Cost:
+    """The whole backward of `flash2`: 7 products where `online` has 5, and no sum in HBM."""
+    if _empty(p):
+        return Cost(sram_peak_bytes=None)
+    return flash2_delta(p) + flash2_dkdv(p) + flash2_dq(p)
+
+
+def _empty(p: Problem) -> bool:
+    """No kernel is launched then."""
+    return 0 in (p.B, p.Nq, p.Nk)
+
+
+def _visits(p: Problem) -> int:
+    """Tiles of S that the query tiles of one head visit."""
+    _, keys = _query_tiles(p)
+    return int((-(-keys // p.block_k)).sum())
+
+
+def _tile_flops(p: Problem) -> int:
+    """One product of whole tiles, their columns a power of two and 16 or more."""
+    columns = max(16, 1 << (p.D - 1).bit_length())
+    return 2 * p.block_q * p.block_k * columns
+
+
 # which tiles are visited
 
 
@@ -253,13 +347,25 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
     "online delta": online_delta,
     "online gradients": online_gradients,
     "online round": online_round,
+    "flash1": flash1,
+    "flash2": flash2,
+    "flash2 delta": flash2_delta,
+    "flash2 dkdv": flash2_dkdv,
+    "flash2 dq": flash2_dq,
 }
 
-FORWARD: dict[str, Callable[[Problem], Cost]] = {"naive": naive, "tiled": tiled, "online": online}
+FORWARD: dict[str, Callable[[Problem], Cost]] = {
+    "naive": naive,
+    "tiled": tiled,
+    "online": online,
+    "flash1": flash1,
+    "flash2": flash2,
+}
 
 BACKWARD: dict[str, Callable[[Problem], Cost]] = {
     "naive": naive_backward,
     "online": online_backward,
+    "flash2": flash2_backward,
 }
 
 
@@ -270,7 +376,7 @@ def suggest_tiles(kernel: str, p: Problem, capacity_bytes: int | None) -> str:
     for block_q in _halvings(p.block_q):
         for block_k in _halvings(p.block_k):
             needs = closed_form(p.replace(block_q=block_q, block_k=block_k)).sram_peak_bytes
-            if capacity_bytes is not None and needs <= capacity_bytes:
+            if capacity_bytes is not None and needs is not None and needs <= capacity_bytes:
                 best = max(best or (0, 0, 0, 0), (block_q * block_k, block_q, block_k, needs))
     if best is not None:
         _, block_q, block_k, needs = best

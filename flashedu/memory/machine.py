@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Machine:
         self.flops = 0
         self.trace: list[Event] | None = [] if trace else None
         self.launches: list[str] = []
+        self.programs: dict[str, int] = {}  # of the last launch of each Triton kernel
         self._bytes: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._kernel = ""
         self.watched: dict[str, list[np.ndarray]] = {name: [] for name in watch}
@@ -59,7 +61,7 @@ class Machine:
         """One launch. SRAM is empty when it starts, and what it leaves there is lost."""
         self._kernel = name
         self.launches.append(name)
-        self.sram._suggest = lambda: cost.suggest_tiles(name, problem, self.sram.capacity_bytes)
+        self.sram._suggest = partial(cost.suggest_tiles, name, problem, self.sram.capacity_bytes)
         scope = self.sram._open()
         try:
             yield
@@ -83,6 +85,25 @@ class Machine:
         if self.trace is not None:
             self._append(op, array.name, start, stop, n_bytes)
 
+    # what counts a Triton kernel (memory/kernels.py)
+
+    def count_programs(self, n: int) -> None:
+        """Note that a kernel was launched as `n` programs."""
+        self.programs[self._kernel] = n
+
+    def next_program(self) -> None:
+        """Note that the next program of the kernel starts."""
+        self.sram.step += 1
+
+    def count_kernel(self, op: str, tensor: str, rows: slice, n_bytes: int, line: int) -> None:
+        """Note that one program of a Triton kernel moved `rows` of `tensor`."""
+        self._bytes[self._kernel, tensor, op] += n_bytes
+        if self.trace is not None:
+            step = self.sram.step
+            self.trace.append(
+                Event(step, self._kernel, op, tensor, rows.start, rows.stop, n_bytes, 0, line)
+            )
+
     # what a reader calls
 
     @property
@@ -101,9 +122,10 @@ class Machine:
         return self.hbm.extra_bytes
 
     @property
-    def sram_peak_bytes(self) -> int:
-        """The most that one program held in SRAM at once."""
-        return self.sram.peak_bytes
+    def sram_peak_bytes(self) -> int | None:
+        """The most that one program held in SRAM at once; None once a Triton kernel has run here,
+        as what that keeps on chip is the compiler's choice."""
+        return None if self.programs else self.sram.peak_bytes
 
     @property
     def counted(self) -> Cost:

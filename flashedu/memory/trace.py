@@ -10,6 +10,8 @@ class Event(NamedTuple):
 
     `hbm_bytes` is summed over all programs (batches and heads), 0 for a hold: a tile that was
     made in SRAM and moved nothing. `sram_bytes` is what one program holds just after the event.
+    A Triton kernel is traced program by program: `step` is then the number of the program, and
+    what it holds is not known (0).
     """
 
     step: int  # counts the passes through tile loops

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 _NUMPY_DTYPES = ("float16", "float32", "float64")
 _TORCH_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_GPU_DTYPES = ("float16", "bfloat16", "float32")  # matrix units multiply no float64 for us
+
+ANY_TILES = range(1, 2**31)
+GPU_TILES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,15 @@ class Rung:
     framework: str  # "numpy" or "torch": what q, k and v must be
     idea: str
     dtypes: tuple[str, ...]
-    tiles: bool = True  # takes any block_q and block_k
+    tile_sizes: Sequence[int] = ANY_TILES  # what block_q and block_k may be; () if it has none
     lse: bool = False  # has attention_with_lse
     backward: bool = False  # has gradients
     requires: tuple[str, ...] = ()  # modules that it cannot run without
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether it is a GPU kernel, interpreted where there is no GPU."""
+        return "triton" in self.requires
 
     def load(self) -> ModuleType:
         """Import the stage's module."""
@@ -32,6 +43,8 @@ class Rung:
         """Why this machine cannot run the stage, in a sentence; None if it can."""
         for module in self.requires:
             if importlib.util.find_spec(module) is None:
+                if module == "triton" and sys.platform != "linux":
+                    return f"stage '{self.name}' needs Triton, which exists for Linux only"
                 return f"stage '{self.name}' needs {module}: pip install {module}"
         return None
 
@@ -42,7 +55,7 @@ LADDER = (
         "numpy",
         "standard attention: S and P go to HBM and come back",
         _NUMPY_DTYPES,
-        tiles=False,
+        tile_sizes=(),
     ),
     Rung(
         "tiled",
@@ -59,17 +72,21 @@ LADDER = (
         backward=True,
         requires=("torch",),
     ),
-)
-
-
-# Stages that run, and whose traffic is not counted yet: they are not on the ladder.
-NOT_COUNTED_YET = (
+    Rung(
+        "flash1",
+        "torch",
+        "FlashAttention in Triton: a program a head; o waits in HBM",
+        _GPU_DTYPES,
+        tile_sizes=GPU_TILES,
+        lse=True,
+        requires=("torch", "triton"),
+    ),
     Rung(
         "flash2",
         "torch",
-        "FlashAttention-2 in Triton: a program for each tile of queries",
-        ("float16", "bfloat16", "float32"),
-        tiles=False,
+        "FlashAttention-2 in Triton: a program a query tile; o stays on chip",
+        _GPU_DTYPES,
+        tile_sizes=GPU_TILES,
         lse=True,
         backward=True,
         requires=("torch", "triton"),
@@ -79,8 +96,8 @@ NOT_COUNTED_YET = (
 
 def rung(name: str) -> Rung:
     """The rung of that name. Raises ValueError, listing what there is."""
-    for candidate in (*LADDER, *NOT_COUNTED_YET):
+    for candidate in LADDER:
         if candidate.name == name:
             return candidate
-    known = ", ".join(candidate.name for candidate in (*LADDER, *NOT_COUNTED_YET))
+    known = ", ".join(candidate.name for candidate in LADDER)
     raise ValueError(f"stage must be one of {known}, got {name!r}")

@@ -22,8 +22,8 @@ def check(
     *,
     causal: bool,
     scale: float | None,
-    block_q: int = 128,
-    block_k: int = 64,
+    block_q: int | None = 128,
+    block_k: int | None = 64,
     machine: Any = None,
 ) -> tuple[Problem, float]:
     """Check the arguments of a stage; return their sizes and the scale.
@@ -66,10 +66,7 @@ def check(
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if isinstance(block, bool) or not isinstance(block, numbers.Integral):
-            raise TypeError(f"{name} must be an integer of 1 or more, got {block!r}")
-        if block < 1:
-            raise ValueError(f"{name} must be an integer of 1 or more, got {block}")
+        _check_tile_size(rung(stage), name, block)
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -79,9 +76,21 @@ def check(
 
     problem = Problem(
         B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=bool(causal),
-        block_q=int(block_q), block_k=int(block_k),
+        block_q=int(block_q or 128), block_k=int(block_k or 64),
     )  # fmt: skip
     return problem, float(scale)
+
+
+def _check_tile_size(rung: Any, name: str, block: Any) -> None:
+    wanted = "an integer of 1 or more"
+    if rung.is_triton:
+        wanted = f"None, or one of {', '.join(map(str, rung.tile_sizes))}, for stage '{rung.name}'"
+        if block is None:
+            return
+    if isinstance(block, bool) or not isinstance(block, numbers.Integral):
+        raise TypeError(f"{name} must be {wanted}, got {block!r}")
+    if block < 1 or (rung.is_triton and block not in rung.tile_sizes):
+        raise ValueError(f"{name} must be {wanted}, got {block}")
 
 
 def _finite(x: Any) -> bool:

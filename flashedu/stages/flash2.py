@@ -19,20 +19,25 @@ Source: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2.
 import math
 
 import torch
+
+from flashedu.memory.kernels import counted
+from flashedu.memory.machine import UNCOUNTED
+from flashedu.memory.problem import Problem
+from flashedu.stages import triton_mode
+from flashedu.stages.contract import check, dtype_name
+from flashedu.stages.descriptors import columns, empty_like, tiles_of
+from flashedu.stages.flash2_tiles import tiles_for_call
+
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from flashedu.stages import triton_mode  # before triton
-from flashedu.stages.contract import check
-from flashedu.stages.flash2_tiles import Tiles, tiles_for
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no key gives 0
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
+DELTA_ROWS = 64
 
 
-def attention(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
+def attention(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None, machine=None):
     """softmax(scale · q kᵀ) v by Triton kernels; differentiable.
 
     q: (B, H, Nq, D). k, v: (B, H_kv, Nk, D), H a multiple of H_kv. float16, bfloat16 or float32, on
@@ -40,27 +45,31 @@ def attention(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
     causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
     scale: 1/√D if None. block_q, block_k: queries and keys in a tile, powers of two from 16 to 256;
     None takes those tuned for this card.
+    machine: a `Machine` that counts what the interpreted kernels move, or None.
     Returns o: (B, H, Nq, D), of q's dtype.
     Raises TypeError or ValueError for inputs outside this contract.
     """
-    options = dict(causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    options = dict(causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine)
     return attention_with_lse(q, k, v, **options)[0]
 
 
-def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
+def attention_with_lse(
+    q, k, v, *, causal=False, scale=None, block_q=None, block_k=None, machine=None
+):
     """As `attention`; returns o and lse.
 
     lse: (B, H, Nq), float32, the natural log of Σ exp(scale · q kᵀ) over the keys that a query
     sees, −inf if it sees none. Gradients flow through it too.
     """
-    sizes = {"block_q": block_q, "block_k": block_k}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    problem, scale = check("flash2", q, k, v, causal=causal, scale=scale, **given)
-    for name, size in given.items():
-        if size not in (16, 32, 64, 128, 256):
-            raise ValueError(f"{name} must be a power of two from 16 to 256, got {size}")
-    triton_mode.check_device("flash2", "q", q)
-    return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
+    problem, scale = check(
+        "flash2", q, k, v,
+        causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
+    )  # fmt: skip
+    triton_mode.check("flash2", q, machine)
+    if machine is None and torch.compiler.is_compiling():
+        return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
+    tiles = tiles_for_call(q, problem, block_q, block_k)
+    return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED, tiles)
 
 
 # forward
@@ -69,7 +78,7 @@ def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=None, block
 @triton.jit
 def forward_kernel(
     Q, K, V, O, LSE, scale, H, Nq, Nk,
-    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one query tile of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
@@ -77,16 +86,16 @@ def forward_kernel(
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     rows = i + tl.arange(0, BLOCK_Q)
 
-    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
-    acc_i = tl.zeros([BLOCK_Q, D], tl.float32)
+    acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
     seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
     for MASKED in tl.static_range(2):  # first the tiles that need no mask, then the others
         start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
         for j in tl.range(start, stop, BLOCK_K):
-            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
             s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
             if MASKED:
                 cols = j + tl.arange(0, BLOCK_K)
@@ -96,14 +105,14 @@ def forward_kernel(
             alpha = tl.exp2(m_i - m_new)
             p_ij = tl.exp2(s_ij - m_new[:, None])
             l_i = alpha * l_i + tl.sum(p_ij, 1)
-            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
             acc_i = tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")
             m_i = m_new
 
     some = l_i > 0  # False for a row that sees no key
     o_i = acc_i / tl.where(some, l_i, 1)[:, None]
     lse_i = tl.where(some, LN2 * (m_i + tl.log2(tl.where(some, l_i, 1))), float("-inf"))
-    O.store([b, h, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, D))
+    O.store([b, h, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
     tl.store(LSE + tl.program_id(1).to(tl.int64) * Nq + rows, lse_i, mask=rows < Nq)
 
 
@@ -141,13 +150,13 @@ def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def delta_kernel(O, DO, DELTA, H, Nq, D: tl.constexpr, BLOCK_Q: tl.constexpr):
+def delta_kernel(O, DO, DELTA, H, Nq, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """delta = rowsum(do ∘ o) of one query tile."""
     i = tl.program_id(0) * BLOCK_Q
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     rows = i + tl.arange(0, BLOCK_Q)
-    o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, D).to(tl.float32)
-    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D).to(tl.float32)
+    o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
+    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
     delta_i = tl.sum(do_i * o_i, 1)
     tl.store(DELTA + tl.program_id(1).to(tl.int64) * Nq + rows, delta_i, mask=rows < Nq)
 
@@ -155,7 +164,7 @@ def delta_kernel(O, DO, DELTA, H, Nq, D: tl.constexpr, BLOCK_Q: tl.constexpr):
 @triton.jit
 def dkdv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, scale, H_kv, Nq, Nk,
-    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
@@ -166,10 +175,10 @@ def dkdv_kernel(
     b, h_kv = tl.program_id(1) // H_kv, tl.program_id(1) % H_kv
     cols = j + tl.arange(0, BLOCK_K)
 
-    k_j = K.load([b, h_kv, j, 0]).reshape(BLOCK_K, D)
-    v_j = V.load([b, h_kv, j, 0]).reshape(BLOCK_K, D)
-    dk_j = tl.zeros([BLOCK_K, D], tl.float32)
-    dv_j = tl.zeros([BLOCK_K, D], tl.float32)
+    k_j = K.load([b, h_kv, j, 0]).reshape(BLOCK_K, COLUMNS)
+    v_j = V.load([b, h_kv, j, 0]).reshape(BLOCK_K, COLUMNS)
+    dk_j = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
+    dv_j = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
 
     first, all_see = 0, 0
     if CAUSAL:  # the first query that sees any key of the tile, and the first that sees all
@@ -185,28 +194,28 @@ def dkdv_kernel(
             start, stop = (first, all_see) if MASKED else (all_see, Nq)
             for i in tl.range(start, stop, BLOCK_Q):
                 rows = i + tl.arange(0, BLOCK_Q)
-                q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+                q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
                 lse_i = _load_lse(LSE + head, rows, Nq)
                 s_ji = tl.dot(k_j, q_i.T, input_precision="ieee") * (scale * LOG2E)
                 if MASKED:
                     s_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))
                 p_ji = tl.exp2(s_ji - lse_i[None, :])
 
-                do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+                do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
                 dv_j = tl.dot(p_ji.to(do_i.dtype), do_i, dv_j, input_precision="ieee")
                 delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
                 dp_ji = tl.dot(v_j, do_i.T, input_precision="ieee")
                 ds_ji = p_ji * (dp_ji - delta_i[None, :])
                 dk_j = tl.dot(ds_ji.to(q_i.dtype), q_i, dk_j, input_precision="ieee")
 
-    DK.store([b, h_kv, j, 0], (scale * dk_j).to(DK.dtype).reshape(1, 1, BLOCK_K, D))
-    DV.store([b, h_kv, j, 0], dv_j.to(DV.dtype).reshape(1, 1, BLOCK_K, D))
+    DK.store([b, h_kv, j, 0], (scale * dk_j).to(DK.dtype).reshape(1, 1, BLOCK_K, COLUMNS))
+    DV.store([b, h_kv, j, 0], dv_j.to(DV.dtype).reshape(1, 1, BLOCK_K, COLUMNS))
 
 
 @triton.jit
 def dq_kernel(
     Q, K, V, DO, LSE, DELTA, DQ, scale, H, Nq, Nk,
-    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile: it walks over the keys that it sees, as the forward does."""
@@ -215,18 +224,18 @@ def dq_kernel(
     rows = i + tl.arange(0, BLOCK_Q)
     head = tl.program_id(1).to(tl.int64) * Nq
 
-    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, D)
-    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, D)
+    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
+    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
     lse_i = _load_lse(LSE + head, rows, Nq)
     delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
-    dq_i = tl.zeros([BLOCK_Q, D], tl.float32)
+    dq_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
     seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
     for MASKED in tl.static_range(2):
         start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
         for j in tl.range(start, stop, BLOCK_K):
-            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
-            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, D)
+            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
+            v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
             s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
             if MASKED:
                 cols = j + tl.arange(0, BLOCK_K)
@@ -236,7 +245,7 @@ def dq_kernel(
             ds_ij = p_ij * (dp_ij - delta_i[:, None])
             dq_i = tl.dot(ds_ij.to(k_j.dtype), k_j, dq_i, input_precision="ieee")
 
-    DQ.store([b, h, i, 0], (scale * dq_i).to(DQ.dtype).reshape(1, 1, BLOCK_Q, D))
+    DQ.store([b, h, i, 0], (scale * dq_i).to(DQ.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
 
 
 @triton.jit
@@ -249,88 +258,98 @@ def _load_lse(LSE, rows, Nq):
 # launches
 
 
-def forward(q, k, v, *, causal, scale, tile):
-    """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each query tile of each head."""
+def forward(q, k, v, problem, scale, machine, tile):
+    """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each query tile of each head.
+
+    Parallel over heads and query tiles: no two programs write the same row.
+    """
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    lse = q.new_full((B, H, Nq), -torch.inf, dtype=torch.float32)
+    lse = machine.hbm.scratch("lse", (B, H, Nq, 1), like=q, dtype=torch.float32).data[..., 0]
     if 0 in (B, Nq, Nk):
-        return torch.zeros_like(q), lse
-    o = _empty_like(q)
-    grid = (triton.cdiv(Nq, tile.block_q), B * H)
-    forward_kernel[grid](
-        _tiles_of(q, tile.block_q), _tiles_of(k, tile.block_k), _tiles_of(v, tile.block_k),
-        _tiles_of(o, tile.block_q), lse, scale, H, Nq, Nk,
-        GROUP=H // H_kv, D=_padded(D), CAUSAL=causal, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        return torch.zeros_like(q), lse.fill_(-torch.inf)
+    o = empty_like(q)
+    Q, O = tiles_of(q, tile.block_q), tiles_of(o, tile.block_q)
+    K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
+
+    with counted(machine, "flash2", problem, q=Q, k=K, v=V, o=O, lse=lse):
+        # A head's query tiles are neighbours in the grid: its k and v stay in the L2 cache.
+        forward_kernel[(triton.cdiv(Nq, tile.block_q), B * H)](
+            Q, K, V, O, lse, scale, H, Nq, Nk,
+            GROUP=H // H_kv, COLUMNS=columns(D), CAUSAL=problem.causal,
+            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return o.to(q.dtype).contiguous(), lse
 
 
-def backward(do, dlse, q, k, v, o, lse, *, causal, scale, dkdv_tile, dq_tile):
+def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
     """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None."""
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    delta = machine.hbm.scratch("delta", (B, H, Nq, 1), like=q, dtype=torch.float32).data[..., 0]
     if 0 in (B, Nq, Nk):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    delta = torch.empty_like(lse)
-    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
-    sizes = dict(GROUP=H // H_kv, D=_padded(D), CAUSAL=causal)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    sizes = dict(GROUP=H // H_kv, COLUMNS=columns(D), CAUSAL=problem.causal)
 
-    delta_kernel[(triton.cdiv(Nq, 64), B * H)](
-        _tiles_of(o, 64), _tiles_of(do, 64), delta, H, Nq, D=_padded(D), BLOCK_Q=64
-    )
+    O, DO = tiles_of(o, DELTA_ROWS), tiles_of(do, DELTA_ROWS)
+    with counted(machine, "flash2 delta", problem, o=O, do=DO, delta=delta):
+        delta_kernel[(triton.cdiv(Nq, DELTA_ROWS), B * H)](
+            O, DO, delta, H, Nq, COLUMNS=columns(D), BLOCK_Q=DELTA_ROWS
+        )
     if dlse is not None:
         delta -= dlse  # ∂lse/∂s = p
 
-    t = dkdv_tile
-    dkdv_kernel[(triton.cdiv(Nk, t.block_k), B * H_kv)](
-        _tiles_of(q, t.block_q), _tiles_of(k, t.block_k), _tiles_of(v, t.block_k),
-        _tiles_of(do, t.block_q), lse, delta, _tiles_of(dk, t.block_k), _tiles_of(dv, t.block_k),
-        scale, H_kv, Nq, Nk, **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
-        num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-    t = dq_tile
-    dq_kernel[(triton.cdiv(Nq, t.block_q), B * H)](
-        _tiles_of(q, t.block_q), _tiles_of(k, t.block_k), _tiles_of(v, t.block_k),
-        _tiles_of(do, t.block_q), lse, delta, _tiles_of(dq, t.block_q),
-        scale, H, Nq, Nk, **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
-        num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    t = tiles.dkdv
+    Q, DO = tiles_of(q, t.block_q), tiles_of(do, t.block_q)
+    K, V, DK, DV = (tiles_of(x, t.block_k) for x in (k, v, dk, dv))
+    arrays = dict(q=Q, k=K, v=V, do=DO, lse=lse, delta=delta)
+    with counted(machine, "flash2 dkdv", problem, **arrays, dk=DK, dv=DV):
+        dkdv_kernel[(triton.cdiv(Nk, t.block_k), B * H_kv)](
+            Q, K, V, DO, lse, delta, DK, DV, scale, H_kv, Nq, Nk,
+            **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
+            num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+    t = tiles.dq
+    Q, DO, DQ = (tiles_of(x, t.block_q) for x in (q, do, dq))
+    K, V = tiles_of(k, t.block_k), tiles_of(v, t.block_k)
+    arrays = dict(q=Q, k=K, v=V, do=DO, lse=lse, delta=delta)
+    with counted(machine, "flash2 dq", problem, **arrays, dq=DQ):
+        dq_kernel[(triton.cdiv(Nq, t.block_q), B * H)](
+            Q, K, V, DO, lse, delta, DQ, scale, H, Nq, Nk,
+            **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
+            num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
     return tuple(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v)))
 
 
-def _tiles_of(x, block):
-    """A descriptor of (B, heads, N, D), read and written in tiles of `block` rows.
-
-    Rows and columns beyond the array read as 0 and are not written, so any N and D will do. The
-    hardware wants rows that are contiguous and strides of whole 16 bytes; other arrays are copied.
-    """
-    if triton_mode.INTERPRETED and x.dtype == torch.bfloat16:
-        x = x.float()  # the interpreter has no bfloat16 arithmetic
-    item = x.dtype.itemsize
-    strides_fit = all(stride > 0 and stride * item % 16 == 0 for stride in x.stride()[:-1])
-    if not (x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0):
-        copy = _empty_like(x)
-        copy.copy_(x)
-        x = copy
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, _padded(x.shape[-1])])
+# for PyTorch
 
 
-def _empty_like(x):
-    """An array of x's shape that a descriptor can address: its rows begin every 16 bytes."""
-    dtype = x.dtype
-    if triton_mode.INTERPRETED and dtype == torch.bfloat16:
-        dtype = torch.float32
-    per_16_bytes = 16 // dtype.itemsize
-    width = triton.cdiv(x.shape[-1], per_16_bytes) * per_16_bytes
-    return x.new_empty((*x.shape[:-1], width), dtype=dtype)[..., : x.shape[-1]]
+class _Attention(torch.autograd.Function):
+    """Hands `forward` and `backward` to PyTorch. Saved for the backward: O(N), never S or P."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, problem, scale, machine, tiles):
+        o, lse = forward(q, k, v, problem, scale, machine, tiles.forward)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = problem, scale, machine, tiles
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        if torch.is_grad_enabled():  # a result without a graph would drop terms without a word
+            raise RuntimeError(
+                "create_graph must be False for stage 'flash2': it has first derivatives only"
+            )
+        q, k, v, o, lse = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        return *backward(do, dlse, q, k, v, o, lse, *ctx.rest), None, None, None, None
 
 
-def _padded(D):
-    """Columns of a tile: the matrix units want a power of two, 16 or more."""
-    return max(16, triton.next_power_of_2(D))
-
-
-# for PyTorch: an operator, so that torch.compile takes it whole
+# The same as operators, which torch.compile takes whole, without looking inside. A tile size of 0
+# is the tuned one. In eager mode their checks would cost more time than a small kernel takes.
 
 
 @torch.library.custom_op("flashedu::flash2", mutates_args=())
@@ -338,8 +357,10 @@ def flash2_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     causal: bool, scale: float, block_q: int, block_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`forward`; block sizes of 0 take the tuned ones."""
-    return forward(q, k, v, causal=causal, scale=scale, tile=_tiles(q, block_q, block_k).forward)
+    """`forward`, as an operator."""
+    problem = _problem(q, k, causal)
+    tiles = tiles_for_call(q, problem, block_q, block_k)
+    return forward(q, k, v, problem, scale, UNCOUNTED, tiles.forward)
 
 
 @flash2_op.register_fake
@@ -355,12 +376,10 @@ def flash2_backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
     causal: bool, scale: float, block_q: int, block_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`backward`; block sizes of 0 take the tuned ones."""
-    tiles = _tiles(q, block_q, block_k)
-    return backward(
-        do, dlse, q, k, v, o, lse,
-        causal=causal, scale=scale, dkdv_tile=tiles.dkdv, dq_tile=tiles.dq,
-    )  # fmt: skip
+    """`backward`, as an operator."""
+    problem = _problem(q, k, causal)
+    tiles = tiles_for_call(q, problem, block_q, block_k)
+    return backward(do, dlse, q, k, v, o, lse, problem, scale, UNCOUNTED, tiles)
 
 
 @flash2_backward_op.register_fake
@@ -384,10 +403,6 @@ def _backward(ctx, do, dlse):
 flash2_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _tiles(q, block_q, block_k):
-    """The tiles tuned for q's card, head size and dtype, with the caller's sizes if given."""
-    capability = None if triton_mode.INTERPRETED else torch.cuda.get_device_capability(q.device)
-    tuned = tiles_for(capability, _padded(q.shape[-1]), q.dtype.itemsize)
-    sizes = {"block_q": block_q, "block_k": block_k}
-    given = {name: size for name, size in sizes.items() if size}
-    return Tiles(*(tile._replace(**given) for tile in tuned))
+def _problem(q, k, causal):
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    return Problem(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=causal)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from flashedu.memory.problem import Problem
+from flashedu.stages import triton_mode
+from flashedu.stages.descriptors import columns
 
 
 class Tile(NamedTuple):
@@ -12,6 +16,10 @@ class Tile(NamedTuple):
     block_k: int
     warps: int = 4
     stages: int = 2
+
+    def sized(self, block_q: int | None, block_k: int | None) -> Tile:
+        """With the caller's sizes, where there are any."""
+        return self._replace(block_q=block_q or self.block_q, block_k=block_k or self.block_k)
 
 
 class Tiles(NamedTuple):
@@ -45,3 +53,9 @@ def tiles_for(capability: tuple[int, int] | None, columns: int, item_bytes: int)
     rows = 64 if columns * item_bytes <= 128 else 32 if columns * item_bytes <= 512 else 16
     tile = Tile(rows, rows, 4, 1 if capability < (8, 0) else 2)
     return Tiles(tile, tile, tile)
+
+
+def tiles_for_call(q: Any, problem: Problem, block_q: int | None, block_k: int | None) -> Tiles:
+    """The tiles for q's card and this problem, with the caller's sizes, where there are any."""
+    tuned = tiles_for(triton_mode.capability(q), columns(problem.D), q.itemsize)
+    return Tiles(*(tile.sized(block_q, block_k) for tile in tuned))

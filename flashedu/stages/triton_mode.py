@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,13 +32,30 @@ if not INTERPRETED and not torch.cuda.is_available():
     )
 
 
-def check_device(stage: str, name: str, x: torch.Tensor) -> None:
-    """Raise ValueError, with a sentence, if kernels cannot reach `x`."""
+def capability(x: torch.Tensor) -> tuple[int, int] | None:
+    """The compute capability of the card that x is on; None where kernels are interpreted."""
+    return None if INTERPRETED else torch.cuda.get_device_capability(x.device)
+
+
+def check(stage: str, q: torch.Tensor, machine: Any) -> None:
+    """Raise ValueError, with a sentence, if kernels cannot reach q, or `machine` cannot count."""
     wanted = "cpu" if INTERPRETED else "cuda"
-    if x.device.type != wanted:
+    if q.device.type != wanted:
         how = (
             "kernels are interpreted here, on the CPU; unset TRITON_INTERPRET to compile them"
             if INTERPRETED
             else "kernels are compiled for the GPU here; TRITON_INTERPRET=1 runs them on the CPU"
         )
-        raise ValueError(f"{name} must be on {wanted} for stage '{stage}', got {x.device}: {how}")
+        raise ValueError(f"q must be on {wanted} for stage '{stage}', got {q.device}: {how}")
+    if machine is None:
+        return
+    if not INTERPRETED:
+        raise ValueError(
+            f"machine must be None for stage '{stage}' where kernels are compiled: only the "
+            "interpreter can count; flashedu.ladder.count starts one"
+        )
+    if machine.sram.capacity_bytes is not None or machine.watched:
+        raise ValueError(
+            f"machine must have no sram_bytes and no watch for stage '{stage}': what a Triton "
+            "kernel keeps on chip is the compiler's choice"
+        )
