@@ -25,9 +25,7 @@ class Cost:
     hbm_read_bytes: int = 0
     hbm_write_bytes: int = 0
     hbm_extra_bytes: int = 0  # memory beside inputs and results
-    sram_peak_bytes: int | None = (
-        0  # of one program; None for a Triton kernel: the compiler's choice
-    )
+    sram_peak_bytes: int | None = 0  # of one program; None where a compiler decides
     flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:

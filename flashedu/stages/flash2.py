@@ -66,6 +66,8 @@ def attention_with_lse(
         causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
     )  # fmt: skip
     triton_mode.check("flash2", q, machine)
+    if machine is not None:
+        k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     if machine is None and torch.compiler.is_compiling():
         return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
     tiles = tiles_for_call(q, problem, block_q, block_k)
