@@ -30,8 +30,14 @@ SRAM = "#7F3C8D"
 INK = "#222222"
 FAINT = "#DDDDDD"
 
-STAGE = {"naive": "#A8A8A8", "tiled": "#6A6A6A", "online": "#111111"}
-STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D"}
+STAGE = {
+    "naive": "#A8A8A8",
+    "tiled": "#6A6A6A",
+    "online": "#111111",
+    "flash1": "#8C8C8C",
+    "flash2": "#3D3D3D",
+}
+STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^"}
 
 _RC = {
     "figure.dpi": 110,
