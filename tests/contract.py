@@ -334,16 +334,31 @@ def check_large_logits_stay_finite(subject: Subject) -> None:
 
 
 def check_long_sums_keep_their_precision(subject: Subject) -> None:
-    """Sums of 400 equal terms, one a tile: in bfloat16, 256 + 1 is 256."""
-    dtype = "bfloat16" if "bfloat16" in subject.dtypes else subject.dtypes[0]
-    for Nq, Nk in ((2, 400), (400, 2)):
+    """Sums of 400 equal terms, one a tile: in bfloat16, 256 + 1 is 256.
+
+    The terms of a kernel are sums of 16 keys. float16 has every fourth integer from 4096 on: there
+    16 times 1.125 are 18, halfway between two, and each is rounded to 16.
+    """
+    dtype, n, high, low, up = "bfloat16", 400, 3, 1, 1
+    if not subject.any_tiles:
+        n, high, low, up = 400 * 16, 2.25, 1.125, 1.125
+    if subject.slow or "bfloat16" not in subject.dtypes:  # the interpreter has no bfloat16
+        dtype = "float16"
+    for Nq, Nk in ((2, n), (n, 2)):
         p = Problem(Nq=Nq, Nk=Nk, D=3, block_q=1, block_k=1, dtype=dtype)
         q, k, v, do = subject.draw(p)
         # Equal scores, as q or k is 0; v and k so that the terms of dq and dk are equal too.
-        q[:], k[:], do[:] = (1, 0, 1) if Nq > Nk else (0, 1, 1)
-        v[:, :, : Nk // 2], v[:, :, Nk // 2 :] = 3, 1
+        q[:], k[:], do[:] = (1, 0, up) if Nq > Nk else (0, 1, up)
+        v[:, :, : Nk // 2], v[:, :, Nk // 2 :] = high, low
         k[:, :, Nk // 2 :] *= -1
         subject.assert_right(p, (q, k, v, do), "o lse dq dk dv")
+
+
+def check_all_of_many_keys_are_seen(subject: Subject) -> None:
+    """The last keys of many weigh little: a loose tolerance does not miss them."""
+    for causal in (False, True):
+        p = Problem(Nq=3, Nk=4101, D=8, dtype="float32", causal=causal, block_q=4, block_k=128)
+        subject.assert_right(p, subject.draw(p), "o lse dq dk dv")
 
 
 # the mask
