@@ -176,8 +176,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
 
-    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need. Keys
-    that do not exist need no mask: they reach no row but their own, which is not stored.
+    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
     """
     j, head_kv = _tile_and_head(Nk, BLOCK_K, False)
     b, h_kv = head_kv // H_kv, head_kv % H_kv
@@ -193,6 +192,8 @@ def dkdv_kernel(
         first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q
         all_see = tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))
         all_see = tl.minimum(tl.cdiv(all_see, BLOCK_Q), tl.cdiv(Nq, BLOCK_Q)) * BLOCK_Q
+    if j + BLOCK_K > Nk:  # keys that do not exist: masked, or their p could overflow
+        all_see = tl.cdiv(Nq, BLOCK_Q) * BLOCK_Q
     for g in range(GROUP):
         h = h_kv * GROUP + g
         head_rows = (head_kv * GROUP + g).to(tl.int64) * Nq
