@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 00 · Start here
 #
-# **Claim.** Your machine can run this course, and each rung of the ladder moves fewer bytes for the same
-# result.
+# **Claim.** Your machine can run this course, and the rungs of the ladder move very different numbers of
+# bytes for the same result.
 #
 # Next: [01 · The memory wall](01_the_memory_wall.ipynb).
 #
@@ -71,7 +71,8 @@ table({"token": i, "output": np.round(row, 2)} for i, row in enumerate(o[0, 0]))
 # ## The ladder
 #
 # Each rung is one function of q, k and v with the same result. What changes is how it moves data. The first
-# is the lowest. (A **tile** is a block of rows that fits the chip; chapter 02 explains the passes.)
+# is the lowest. (A **tile** is a block of rows that fits the chip; chapter 02 explains the passes. **Triton**
+# is a language for programs that run on a GPU. Without a GPU they are interpreted, slowly, on the CPU.)
 
 # %%
 for rung in LADDER:
@@ -89,11 +90,11 @@ my_prediction = 10
 # %% [markdown]
 # Now run all rungs on the same inputs. Each one counts, while it runs, the bytes that it moves between HBM
 # and SRAM. `least time` is what those bytes and the arithmetic take at least on an H200, by its data
-# sheet.
+# sheet. This takes some seconds.
 
 # %%
 problem = Problem(Nq=1024, D=64, H=4)
-rows = list(ladder.run(problem, gpu("h200")))
+rows = [row for row in ladder.run(problem, gpu("h200")) if row.skipped is None]
 table(
     {
         "rung": row.rung,
@@ -118,15 +119,16 @@ print(f"you said {my_prediction}; counted {ratio:.1f}")
 # The bytes of each rung, by tensor:
 
 # %%
-runs = {rung.name: ladder.count(rung.name, problem) for rung in LADDER}
+runs = {row.rung: ladder.count(row.rung, problem) for row in rows}
 fig = plots.traffic(
     {name: machine.bytes_by_tensor() for name, machine in runs.items()},
-    "Each rung moves half of what the one before moves",
+    "The same result, and up to five times the traffic",
 )
 
 # %% [markdown]
-# *Figure 1. `naive` moves S and P to HBM and back. The other two read k and v more often instead.
-# The next chapters explain each bar.*
+# *Figure 1. `naive` moves S and P to HBM and back. `tiled` and `online` read k and v more often instead.
+# `flash1`, the first GPU program, moves its unfinished output back and forth. `flash2` moves what `online`
+# moves, and keeps hundreds of programs busy at a time. The next chapters explain each bar.*
 #
 # ## The chapters
 #
@@ -136,6 +138,10 @@ fig = plots.traffic(
 # | [02 · Tiling](02_tiling.ipynb) | tiles of S fit on the chip, but the softmax takes three passes |
 # | [03 · Online softmax](03_online_softmax.ipynb) | a rescale makes it one pass, exactly |
 # | [04 · Backward](04_backward.ipynb) | the backward computes P again from q, k and one number a row |
+# | [05 · Triton and FlashAttention-1](05_triton_flash1.ipynb) | as a GPU program, in FlashAttention's first loop order, it re-reads o and fills few processors |
+# | [06 · FlashAttention-2](06_flash2.ipynb) | with the loops swapped, o stays on the chip and the sequence becomes parallel |
+# | [07 · The backward kernels](07_flash2_backward.ipynb) | two kernels, in which each gradient has one owner |
+# | [09 · Numerics](09_numerics.ipynb) | two right answers differ, and an error budget says by how much |
 #
 # ## Takeaway
 #
@@ -149,7 +155,8 @@ fig = plots.traffic(
 # <details><summary>Answer</summary>
 #
 # The traffic grows about four times for all rungs, and the least time with it. The extra memory grows four
-# times for `naive`, and two times for `online`, which needs one number a query. `tiled` needs none.
+# times for `naive`, and two times for `online` and the two above it, which need some numbers a query. `tiled`
+# needs none.
 # </details>
 #
 # **2.** In a terminal, in the folder of this project, ask for the same on another card:

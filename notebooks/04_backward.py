@@ -3,7 +3,8 @@
 #
 # **Claim.** The backward needs P, but need not store it: q, k and one number a row give P back.
 #
-# Before: [03 · Online softmax](03_online_softmax.ipynb). This is the last chapter so far.
+# Before: [03 · Online softmax](03_online_softmax.ipynb). Next:
+# [05 · Triton and FlashAttention-1](05_triton_flash1.ipynb).
 
 # %%
 import torch

@@ -65,8 +65,9 @@ def check(
         raise TypeError(f"machine must be a flashedu.memory.Machine, or None, got {machine!r}")
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        _check_tile_size(rung(stage), name, block)
+    if rung(stage).tile_sizes:
+        _check_tile_size(rung(stage), "block_q", block_q)
+        _check_tile_size(rung(stage), "block_k", block_k)
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -82,15 +83,15 @@ def check(
 
 
 def _check_tile_size(rung: Any, name: str, block: Any) -> None:
+    if block is None and rung.is_triton:
+        return
+    is_integer = isinstance(block, numbers.Integral) and not isinstance(block, bool)
+    if is_integer and block in rung.tile_sizes:
+        return
     wanted = "an integer of 1 or more"
     if rung.is_triton:
         wanted = f"None, or one of {', '.join(map(str, rung.tile_sizes))}, for stage '{rung.name}'"
-        if block is None:
-            return
-    if isinstance(block, bool) or not isinstance(block, numbers.Integral):
-        raise TypeError(f"{name} must be {wanted}, got {block!r}")
-    if block < 1 or (rung.is_triton and block not in rung.tile_sizes):
-        raise ValueError(f"{name} must be {wanted}, got {block}")
+    raise (ValueError if is_integer else TypeError)(f"{name} must be {wanted}, got {block!r}")
 
 
 def _finite(x: Any) -> bool:
