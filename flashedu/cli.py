@@ -480,14 +480,15 @@ def _ladder_report(problem: Problem, card: GPU, rows: list[Row]) -> Iterable[Ren
             table.add_row(*cells, Text("skipped"))
             continue
         good = row.within_budget
-        fits = row.counted.sram_peak_bytes <= capacity
+        on_chip = row.counted.sram_peak_bytes
+        fits = on_chip is None or on_chip <= capacity
         too_large |= not fits
         table.add_row(
             *cells,
             Text(f"{row.error:.1e} {'ok' if good else 'WRONG'}", "green" if good else "red"),
             human_bytes(row.counted.hbm_bytes),
             human_bytes(row.counted.hbm_extra_bytes),
-            Text(human_bytes(row.counted.sram_peak_bytes) + ("" if fits else " !"), _mark(fits)),
+            Text(_on_chip(on_chip) + ("" if fits else " !"), _mark(fits)),
             f"{row.counted.intensity:.0f}",
             f"{human_seconds(row.bound.seconds)} {row.bound.limit}",
         )
@@ -497,6 +498,8 @@ def _ladder_report(problem: Problem, card: GPU, rows: list[Row]) -> Iterable[Ren
     lines = [f"error: largest difference from float64; budget {budgets}"]
     if too_large:
         lines.append(f"!: more SRAM than one program has, {human_bytes(capacity)} on {card.name}")
+    if any(row.counted and row.counted.sram_peak_bytes is None for row in ran):
+        lines.append("compiler: what a Triton kernel keeps on chip is the compiler's choice")
     yield Text("\n".join(lines), "dim")
     for row in rows:
         if row.skipped:
@@ -532,6 +535,12 @@ def _rule() -> Any:
     from rich import box
 
     return box.SIMPLE_HEAD
+
+
+def _on_chip(n_bytes: int | None) -> str:
+    from flashedu.units import human_bytes
+
+    return "compiler" if n_bytes is None else human_bytes(n_bytes)
 
 
 def _mark(good: bool) -> str:

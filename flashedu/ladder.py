@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from flashedu.memory import GPU, Cost, Machine, Problem, cost
 from flashedu.memory.gpus import Bound
@@ -85,8 +88,10 @@ def run(problem: Problem, card: GPU, *, seed: int = 0) -> Iterator[Row]:
 
 def _row(rung: Rung, p: Problem, card: GPU, seed: int) -> Row:
     closed_form = cost.FORWARD[rung.name](p)
-    skipped = why_skipped(rung, p.dtype)
-    counted, error, budget = (None, None, None) if skipped else _measure(rung, p, seed)
+    skipped = rung.refuses(p) or rung.missing()
+    counted, error, budget = (
+        (None, None, None) if skipped else _counting(rung, _measure, rung, p, seed)
+    )
     return Row(
         rung=rung.name,
         framework=rung.framework,
@@ -101,28 +106,49 @@ def _row(rung: Rung, p: Problem, card: GPU, seed: int) -> Row:
     )
 
 
-def why_skipped(rung: Rung, dtype: str) -> str | None:
-    """Why the rung cannot run on `dtype` here, in a sentence; None if it can."""
-    if dtype not in rung.dtypes:
-        would_do = ", ".join(rung.dtypes)
-        return f"stage '{rung.name}' ({rung.framework}) has no {dtype}; {would_do} would do"
-    return rung.missing()
+def count(
+    stage: str, problem: Problem, *, trace: bool = False, backward: bool = False, seed: int = 0
+) -> Machine:
+    """Run a stage's forward on drawn inputs, on the CPU; return the machine that counted it.
+
+    `backward`: run its backward too. Raises ValueError for a problem that the stage does not take.
+    """
+    rung = find_rung(stage)
+    reason = rung.refuses(problem)
+    if reason is not None:
+        raise ValueError(reason)
+    return _counting(rung, _count, rung, problem, trace, backward, seed)
 
 
-def count(stage: str, problem: Problem, *, trace: bool = False, seed: int = 0) -> Machine:
-    """Run a stage's forward on drawn inputs; return the machine that counted it."""
+def _count(rung: Rung, p: Problem, trace: bool, backward: bool, seed: int) -> Machine:
     from flashedu import testing
 
-    q, k, v, _ = testing.draw(problem, framework=find_rung(stage).framework, seed=seed)
+    q, k, v, do = testing.draw(p, framework=rung.framework, seed=seed)
     machine = Machine(trace=trace)
-    _attend(stage, problem, q, k, v, machine)
+    if not backward:
+        _attend(rung, p, q, k, v, machine)
+        return machine
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    _attend(rung, p, q, k, v, machine).backward(do)
     return machine
 
 
-def _attend(stage: str, p: Problem, q: Any, k: Any, v: Any, machine: Machine) -> Any:
-    rung = find_rung(stage)
-    tiles = {"block_q": p.block_q, "block_k": p.block_k} if rung.tiles else {}
-    return rung.load().attention(q, k, v, causal=p.causal, machine=machine, **tiles)
+def _attend(rung: Rung, p: Problem, q: Any, k: Any, v: Any, machine: Machine) -> Any:
+    return rung.load().attention(q, k, v, causal=p.causal, machine=machine, **rung.tiles_of(p))
+
+
+def _counting(rung: Rung, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; where kernels are compiled, in a process that interprets them instead."""
+    if not rung.is_triton:
+        return function(*args)
+    from flashedu.stages import triton_mode
+
+    if triton_mode.INTERPRETED:
+        return function(*args)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
+            return interpreter.submit(function, *args).result()
 
 
 def _measure(rung: Rung, p: Problem, seed: int) -> tuple[Cost, float, float]:
@@ -131,7 +157,7 @@ def _measure(rung: Rung, p: Problem, seed: int) -> tuple[Cost, float, float]:
 
     q, k, v, _ = testing.draw(p, framework=rung.framework, seed=seed)
     machine = Machine(trace=False)
-    o = _attend(rung.name, p, q, k, v, machine)
+    o = _attend(rung, p, q, k, v, machine)
     try:
         found = testing.errors(Reference(o, None), q, k, v, causal=p.causal)["o"]  # type: ignore[arg-type]
     except AssertionError:  # a wrong shape

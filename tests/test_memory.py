@@ -18,9 +18,11 @@ from flashedu.testing import draw
 from tests.contract import GQA, PRIMES, Subject
 
 P = Problem(B=2, H=3, Nq=37, Nk=53, D=13, block_q=16, block_k=8, dtype="float32")
-RUNGS = [r for r in LADDER if r.missing() is None and r.name in cost.FORWARD]
+RUNGS = [r for r in LADDER if r.missing() is None]
+ON_CHIP = [r for r in RUNGS if not r.is_triton]  # what a Triton kernel holds is not counted
 every_rung = pytest.mark.parametrize("rung", RUNGS, ids=[r.name for r in RUNGS])
-tiled_rungs = pytest.mark.parametrize("rung", RUNGS[1:], ids=[r.name for r in RUNGS[1:]])
+rungs_with_sram = pytest.mark.parametrize("rung", ON_CHIP, ids=[r.name for r in ON_CHIP])
+tiled_rungs = pytest.mark.parametrize("rung", ON_CHIP[1:], ids=[r.name for r in ON_CHIP[1:]])
 
 
 def zeros(framework: str, shape: tuple[int, ...], dtype: str):
@@ -124,7 +126,8 @@ def test_counters_add_up_over_calls(rung: Rung) -> None:
         run(rung, P, twice)
     for name in ("hbm_read_bytes", "hbm_write_bytes", "hbm_extra_bytes", "flops"):
         assert getattr(twice, name) == 2 * getattr(once, name)
-    assert twice.sram_peak_bytes == once.sram_peak_bytes > 0
+    assert twice.sram_peak_bytes == once.sram_peak_bytes
+    assert (once.sram_peak_bytes is None) == rung.is_triton
     assert twice.launches == 2 * once.launches
 
 
@@ -278,7 +281,7 @@ def test_naive_on_a_finite_sram_says_what_to_do() -> None:
     naive.attention(*draw(P)[:3], machine=Machine(sram_bytes=whole))
 
 
-@every_rung
+@rungs_with_sram
 def test_sram_of_the_peak_is_enough_and_a_byte_less_is_not(rung: Rung) -> None:
     peak = run(rung, P, Machine()).sram_peak_bytes
     run(rung, P, Machine(peak))
@@ -300,7 +303,8 @@ def test_the_trace_tells_what_the_counters_say(rung: Rung) -> None:
         if event.op != "hold":
             moved[event.tensor][event.op == "store"] += event.hbm_bytes
     assert {name: tuple(n) for name, n in moved.items()} == machine.bytes_by_tensor()
-    assert max(event.sram_bytes for event in machine.trace) == machine.sram_peak_bytes
+    peak = max(event.sram_bytes for event in machine.trace)
+    assert peak == (0 if rung.is_triton else machine.sram_peak_bytes)
     steps = [event.step for event in machine.trace]
     assert steps == sorted(steps)
 

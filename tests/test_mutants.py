@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +17,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from flashedu.memory import Problem, machine
-from flashedu.stages import rung
+from flashedu.stages import LADDER, rung
 from flashedu.stages.reference import Reference
 from flashedu.testing import draw, errors
 from tests import contract
@@ -32,6 +35,7 @@ class Mutant:
     old: str
     new: str
     and_also: tuple[tuple[str, str], ...] = ()  # further words to replace
+    gpu_only: bool = False  # the interpreter computes right all the same
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.mistake}"
@@ -39,6 +43,10 @@ class Mutant:
     @property
     def changes(self) -> tuple[tuple[str, str], ...]:
         return ((self.old, self.new), *self.and_also)
+
+
+FOLDER = tempfile.TemporaryDirectory()
+NUMBERS = itertools.count()
 
 
 def mutated(name: str, changes: tuple[tuple[str, str], ...]) -> ModuleType:
@@ -50,13 +58,23 @@ def mutated(name: str, changes: tuple[tuple[str, str], ...]) -> ModuleType:
     for old, new in changes:
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {name}"
         source = source.replace(old, new)
-    module = ModuleType(name)
-    exec(compile(source, f"<mutant of {name}>", "exec"), module.__dict__)
+    # A file, as Triton reads a kernel's source; operators of its own, as PyTorch has each once.
+    number = next(NUMBERS)
+    source = source.replace('"flashedu::', f'"flashedu_mutant_{number}::')
+    path = Path(FOLDER.name) / f"mutant_{number}_of_{name.rpartition('.')[2]}.py"
+    path.write_text(source, encoding="utf-8")
+    mutant = importlib.util.spec_from_file_location(path.stem, path)
+    assert mutant is not None
+    assert mutant.loader is not None
+    module = importlib.util.module_from_spec(mutant)
+    mutant.loader.exec_module(module)
     return module
 
 
-def stage_with(name: str, changes: tuple[tuple[str, str], ...] = ()) -> Subject:
-    return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes))
+def stage_with(
+    name: str, changes: tuple[tuple[str, str], ...] = (), device: str = "cpu"
+) -> Subject:
+    return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes), device)
 
 
 OUTPUTS, LSE, GRADIENTS = (
@@ -66,6 +84,7 @@ OUTPUTS, LSE, GRADIENTS = (
 )
 BLIND = "rows_that_see_no_key_give_zero"
 LARGE = "large_logits_stay_finite"
+MANY_KEYS = "all_of_many_keys_are_seen"
 FUTURE = "future_keys_do_not_change_past_outputs"
 HEADS = "each_head_reads_its_own_key_head"
 LONG = "long_sums_keep_their_precision"
@@ -79,6 +98,12 @@ _online_head = "return _Attention.apply(q, k, v, problem, scale, machine or UNCO
 _K, _V = (f'{n.upper()} = hbm.array("{n}", {n}, shared_by=problem.group)' for n in "kv")
 _mixed = "hbm.array('{0}', np.tile({0}, (1, problem.group, 1, 1)))"
 _mixed_torch = "hbm.array('{0}', {0}.repeat(1, problem.group, 1, 1))"
+
+_scores = """k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
+            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)"""
+_acc = 'tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")'
+_dv = 'tl.dot(p_ji.to(do_i.dtype), do_i, dv_j, input_precision="ieee")'
+_dq = 'tl.dot(ds_ij.to(k_j.dtype), k_j, dq_i, input_precision="ieee")'
 
 MUTANTS = [
     # naive
@@ -203,6 +228,138 @@ MUTANTS = [
     Mutant("online", "dp from do and k", GRADIENTS, "matmul(do_i, v_j.mT)", "matmul(do_i, k_j.mT)"),
     Mutant("online", "the sum of dq does not start at 0", WRITTEN,
            "DQ_SUM.store(slice(0, Nq), 0)", "pass"),
+    # flash1
+    Mutant("flash1", "o is not rescaled", OUTPUTS,
+           "o_i * (alpha * l_i)[:, None]", "o_i * l_i[:, None]"),
+    Mutant("flash1", "o is not multiplied by its sum again", OUTPUTS,
+           "o_i * (alpha * l_i)[:, None]", "o_i * alpha[:, None]"),
+    Mutant("flash1", "l is not rescaled", OUTPUTS,
+           "l_new = alpha * l_i + tl.sum(p_ij, 1)", "l_new = l_i + tl.sum(p_ij, 1)"),
+    Mutant("flash1", "no maximum subtracted", LARGE,
+           "m_new = tl.maximum(m_i, tl.max(s_ij, 1))", "m_new = m_i * 0"),
+    Mutant("flash1", "m is not written back", OUTPUTS,
+           "tl.store(M + head + rows, m_new,", "tl.store(M + head + rows, m_i,"),
+    Mutant("flash1", "o does not start at 0", WRITTEN,
+           "tl.store(O_F32 + here, tl.zeros([BLOCK_Q, COLUMNS], tl.float32), mask=exist)", "pass"),
+    Mutant("flash1", "keys that do not exist are seen", OUTPUTS,
+           "visible = (j + tl.arange(0, BLOCK_K) < Nk)[None, :]",
+           "visible = (j + tl.arange(0, BLOCK_K) < Nk + BLOCK_K)[None, :]"),
+    Mutant("flash1", "the last tile of keys is left out", OUTPUTS,
+           "for j in tl.range(0, Nk, BLOCK_K):",
+           "for j in tl.range(0, tl.maximum(1, Nk - BLOCK_K), BLOCK_K):"),
+    Mutant("flash1", "the mask is off by one: a key too many", FUTURE,
+           "keys[None, :] <= rows[:, None] + Nk - Nq",
+           "keys[None, :] <= rows[:, None] + Nk - Nq + 1"),
+    Mutant("flash1", "the mask is off by one: a key too few", OUTPUTS,
+           "keys[None, :] <= rows[:, None] + Nk - Nq", "keys[None, :] < rows[:, None] + Nk - Nq"),
+    Mutant("flash1", "the diagonal tile is left out", OUTPUTS,
+           "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q",
+           "first = tl.cdiv(tl.maximum(0, j + 1 - (Nk - Nq)), BLOCK_Q) * BLOCK_Q"),
+    Mutant("flash1", "the wrong key head", HEADS, "k_j = K.load([b, h // GROUP, j, 0])",
+           "k_j = K.load([b, h % (H // GROUP), j, 0])"),
+    Mutant("flash1", "divided by a sum of 0", BLIND,
+           "/ tl.where(l_new > 0, l_new, 1)[:, None]", "/ l_new[:, None]"),
+    Mutant("flash1", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "torch.finfo(torch.float32).min)", 'float("-inf"))'),
+    Mutant("flash1", "the last query tile is not stored", WRITTEN,
+           "        O.store([b, h, i, 0], o_i.to",
+           "        if i + BLOCK_Q <= Nq:\n            O.store([b, h, i, 0], o_i.to"),
+    Mutant("flash1", "tiles that no query of them sees are visited", COUNTED,
+           "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q", "first = 0"),
+    Mutant("flash1", "k is read for each query tile", COUNTED,
+           "            s_ij = scale * tl.dot(q_i",
+           "            k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)\n"
+           "            s_ij = scale * tl.dot(q_i"),
+    # flash2, forward
+    Mutant("flash2", "acc is not rescaled", OUTPUTS,
+           "acc_i * alpha[:, None], input_precision", "acc_i, input_precision"),
+    Mutant("flash2", "l is not rescaled", OUTPUTS,
+           "l_i = alpha * l_i + tl.sum(p_ij, 1)", "l_i = l_i + tl.sum(p_ij, 1)"),
+    Mutant("flash2", "acc is rescaled by the wrong sign", OUTPUTS,
+           "alpha = tl.exp2(m_i - m_new)", "alpha = tl.exp2(m_new - m_i)"),
+    Mutant("flash2", "no maximum subtracted", LARGE,
+           "m_new = tl.maximum(m_i, tl.max(s_ij, 1))", "m_new = m_i * 0"),
+    Mutant("flash2", "the maximum of the tile, not of the row so far", OUTPUTS,
+           "m_new = tl.maximum(m_i, tl.max(s_ij, 1))",
+           "m_new = tl.maximum(LOWEST, tl.max(s_ij, 1))"),
+    Mutant("flash2", "e to the power of what is in base 2", OUTPUTS,
+           "p_ij = tl.exp2(s_ij - m_new[:, None])", "p_ij = tl.exp(s_ij - m_new[:, None])"),
+    Mutant("flash2", "scores not in base 2", OUTPUTS,
+           _scores, _scores.replace("scale * LOG2E", "scale")),
+    Mutant("flash2", "scale is 1/D", OUTPUTS, _scores, _scores.replace("scale *", "1 / COLUMNS *")),
+    Mutant("flash2", "keys that do not fill a tile are left out", OUTPUTS,
+           "return by_all // BLOCK_K * BLOCK_K, by_any",
+           "return by_all // BLOCK_K * BLOCK_K, by_any // BLOCK_K * BLOCK_K"),
+    Mutant("flash2", "the last 64 of 4096 keys are left out", MANY_KEYS,
+           "by_all, by_any = Nk, Nk",
+           "by_all, by_any = Nk - 64 * (Nk >= 4096), Nk - 64 * (Nk >= 4096)"),
+    Mutant("flash2", "the mask is off by one: a key too many", FUTURE,
+           "cols[None, :] <= rows[:, None] + Nk - Nq",
+           "cols[None, :] <= rows[:, None] + Nk - Nq + 1"),
+    Mutant("flash2", "the mask is off by one: a key too few", OUTPUTS,
+           "cols[None, :] <= rows[:, None] + Nk - Nq", "cols[None, :] < rows[:, None] + Nk - Nq"),
+    Mutant("flash2", "the mask is aligned top-left", OUTPUTS,
+           "cols[None, :] <= rows[:, None] + Nk - Nq", "cols[None, :] <= rows[:, None]"),
+    Mutant("flash2", "the diagonal tile is left out", OUTPUTS,
+           "tl.maximum(0, i + BLOCK_Q + Nk - Nq)", "tl.maximum(0, i + Nk - Nq)"),
+    Mutant("flash2", "the tiles on the diagonal are not masked", FUTURE,
+           "tl.maximum(0, i + 1 + Nk - Nq)", "tl.maximum(0, i + BLOCK_Q + Nk - Nq)"),
+    Mutant("flash2", "keys that do not exist are seen", OUTPUTS,
+           "visible = (cols < Nk)[None, :] &", "visible = (cols < Nk + 256)[None, :] &"),
+    Mutant("flash2", "the wrong key head", HEADS, _scores,
+           _scores.replace("h // GROUP", "h % (H // GROUP)")),
+    Mutant("flash2", "not divided by the sum", OUTPUTS,
+           "acc_i / tl.where(some, l_i, 1)[:, None]", "acc_i"),
+    Mutant("flash2", "divided by a sum of 0", BLIND,
+           "acc_i / tl.where(some, l_i, 1)[:, None]", "acc_i / l_i[:, None]"),
+    Mutant("flash2", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "torch.finfo(torch.float32).min)", 'float("-inf"))'),
+    Mutant("flash2", "acc in float16", LONG, _acc, f"{_acc}.to(tl.float16).to(tl.float32)"),
+    Mutant("flash2", "lse in base 2", LSE, "LN2 * (m_i +", "(m_i +"),
+    Mutant("flash2", "lse without the maximum", LSE, "LN2 * (m_i +", "LN2 * ("),
+    Mutant("flash2", "TF32 in place of float32", OUTPUTS,
+           _scores, _scores.replace("ieee", "tf32"), gpu_only=True),
+    # flash2, backward
+    Mutant("flash2", "delta left out of dk", GRADIENTS,
+           "ds_ji = p_ji * (dp_ji - delta_i[None, :])", "ds_ji = p_ji * dp_ji"),
+    Mutant("flash2", "delta left out of dq", GRADIENTS,
+           "ds_ij = p_ij * (dp_ij - delta_i[:, None])", "ds_ij = p_ij * dp_ij"),
+    Mutant("flash2", "the gradient of lse left out", "gradients_of_lse_match_float64",
+           "if dlse is not None:", "if False:"),
+    Mutant("flash2", "the gradient of lse added, not subtracted", "gradients_of_lse_match_float64",
+           "delta -= dlse", "delta += dlse"),
+    Mutant("flash2", "dk is not scaled", GRADIENTS, "(scale * dk_j)", "dk_j"),
+    Mutant("flash2", "dq is not scaled", GRADIENTS, "(scale * dq_i)", "dq_i"),
+    Mutant("flash2", "dk and dv of one head of the group, not of all", GRADIENTS,
+           "for g in range(GROUP):", "for g in range(1):"),
+    Mutant("flash2", "the backward matches the wrong heads", GRADIENTS,
+           "h = h_kv * GROUP + g", "h = g * H_kv + h_kv"),
+    Mutant("flash2", "dk and dv have no mask", GRADIENTS,
+           's_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))', "pass"),
+    Mutant("flash2", "dk and dv leave out the diagonal tile", GRADIENTS,
+           "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q",
+           "first = tl.cdiv(tl.maximum(0, j + 1 - (Nk - Nq)), BLOCK_Q) * BLOCK_Q"),
+    Mutant("flash2", "dk and dv mask the first query tile only", GRADIENTS,
+           "tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))", "tl.maximum(0, j - (Nk - Nq))"),
+    Mutant("flash2", "a row with no key gives NaN gradients", BLIND,
+           'tl.where(lse_i == float("-inf"), float("inf"), lse_i)', "lse_i"),
+    Mutant("flash2", "lse taken for base 2", GRADIENTS,
+           'float("inf"), lse_i) * LOG2E', 'float("inf"), lse_i)'),
+    Mutant("flash2", "dp from do and k", GRADIENTS, "tl.dot(do_i, v_j.T,", "tl.dot(do_i, k_j.T,"),
+    Mutant("flash2", "dv from ds", GRADIENTS, "tl.dot(p_ji.to(do_i.dtype), do_i, dv_j",
+           "tl.dot((scale * p_ji).to(do_i.dtype), do_i, dv_j"),
+    Mutant("flash2", "dv in float16", LONG, _dv, f"{_dv}.to(tl.float16).to(tl.float32)"),
+    Mutant("flash2", "TF32 in place of float32 in dq", GRADIENTS,
+           _dq, _dq.replace("ieee", "tf32"), gpu_only=True),
+    Mutant("flash2", "tiles that all queries are too early for are read", COUNTED,
+           "tl.maximum(0, i + BLOCK_Q + Nk - Nq)", "Nk"),
+    Mutant("flash2", "k is read twice for each tile", COUNTED, _scores,
+           _scores.replace("k_j =", "K.load([b, h // GROUP, j, 0]); k_j =")),
+    Mutant("flash2", "lse is written twice", COUNTED, "    some = l_i > 0",
+           "    tl.store(LSE + tl.program_id(1).to(tl.int64) * Nq + rows, m_i, mask=rows < Nq)\n"
+           "    some = l_i > 0"),
+    Mutant("flash2", "queries that see no key of a tile are read", COUNTED_BACKWARD,
+           "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q", "first = 0"),
     # what is counted
     Mutant("online", "k is read twice for each tile", COUNTED,
            "k_j, v_j = K.load(j), V.load(j)  # (B, H, block_k, D)",
@@ -226,6 +383,12 @@ MUTANTS = [
            "            l_i = np.where(l_i == 0, 1, l_i); "
            "[K.load(j) for j in sram.tiles(Nk, problem.block_k)]"),
 ]  # fmt: skip
+
+
+RUNS_HERE = {r.name for r in LADDER if r.missing() is None}
+KERNELS = {r.name for r in LADDER if r.is_triton}
+COMPILED = KERNELS if torch.cuda.is_available() else set()  # see test_gpu.py
+ON_THE_CPU = [m for m in MUTANTS if m.stage in RUNS_HERE - COMPILED and not m.gpu_only]
 
 
 # Mistakes in the counters themselves: module of flashedu.memory, the class to swap, the words.
@@ -253,15 +416,21 @@ def assert_caught(subject: Subject, claim: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a mutant may overflow or divide by 0
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize("mutant", [m for m in ON_THE_CPU if m.stage not in KERNELS], ids=str)
 def test_mutant_is_caught(mutant: Mutant) -> None:
     assert_caught(stage_with(mutant.stage, mutant.changes), mutant.caught_by)
 
 
-@pytest.mark.parametrize("stage", sorted({m.stage for m in MUTANTS}))
+class TestMutantsOfKernels:  # a class of its own: another worker can take it
+    @pytest.mark.parametrize("mutant", [m for m in ON_THE_CPU if m.stage in KERNELS], ids=str)
+    def test_mutant_is_caught(self, mutant: Mutant) -> None:
+        assert_caught(stage_with(mutant.stage, mutant.changes), mutant.caught_by)
+
+
+@pytest.mark.parametrize("stage", sorted({m.stage for m in ON_THE_CPU}))
 def test_the_same_mechanism_passes_the_stage_itself(stage: str) -> None:
     subject = stage_with(stage)
-    for claim in (OUTPUTS, HEADS, COUNTED):
+    for claim in (HEADS, COUNTED) if subject.slow else (OUTPUTS, HEADS, COUNTED):
         claims(subject)[claim](subject)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 
 import flashedu
 from flashedu.memory import Machine, cost
-from flashedu.stages import LADDER, NOT_COUNTED_YET, Rung, naive, online, rung, tiled
+from flashedu.stages import GPU_TILES, LADDER, Rung, naive, online, rung, tiled
 from tests.contract import bits
 
 PACKAGE = Path(flashedu.__file__).parent
 STAGES = PACKAGE / "stages"
-NOT_RUNGS = {"__init__", "contract", "dispatch", "reference", "triton_mode", "flash2_tiles"}
+NOT_RUNGS = {
+    "__init__", "contract", "descriptors", "dispatch", "flash2_tiles", "reference", "triton_mode",
+}  # fmt: skip
 MAY_USE_THE_ORACLE = ("testing.py", "exercises/", "ladder.py", "cli.py")
 
 every_rung = pytest.mark.parametrize("stage", LADDER, ids=[r.name for r in LADDER])
@@ -30,12 +33,19 @@ Q = np.ones((1, 1, 3, 2), np.float32)
 def loaded_after(statement: str, *modules: str) -> list[str]:
     """Those of the modules that a fresh Python has loaded after the statement."""
     program = f"{statement}\nimport sys\nprint(*({set(modules)!r} & set(sys.modules)))"
+    return in_a_fresh_python(program).split()
+
+
+def in_a_fresh_python(program: str) -> str:
+    """What it prints, without the last line break."""
+    environment = {**os.environ}
+    environment.pop("TRITON_INTERPRET", None)  # Triton sets it where kernels are interpreted
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        capture_output=True, text=True, cwd=PACKAGE.parent, check=False,
+        capture_output=True, text=True, cwd=PACKAGE.parent, check=False, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    return result.stdout.rstrip("\n")
 
 
 def imported_by(path: Path) -> set[str]:
@@ -70,7 +80,7 @@ def test_import_loads_no_more_than_it_needs(statement: str, modules: tuple[str, 
 @every_rung
 def test_a_stage_imports_no_other_stage_and_not_the_oracle(stage: Rung) -> None:
     of_stages = {m for m in imported_by(STAGES / f"{stage.name}.py") if "flashedu.stages" in m}
-    assert of_stages <= {"flashedu.stages.contract", "flashedu.stages.contract.check"}
+    assert {m.split(".")[2] for m in of_stages if m.count(".") > 1} <= NOT_RUNGS - {"reference"}
 
 
 def test_nothing_imports_the_oracle_but_tests_and_checkers() -> None:
@@ -95,8 +105,8 @@ def test_memory_and_stages_import_nothing_above_them() -> None:
 # the ladder
 
 
-def test_every_stage_is_on_the_ladder_once_or_waits_to_be_counted() -> None:
-    names = [r.name for r in (*LADDER, *NOT_COUNTED_YET)]
+def test_every_stage_is_on_the_ladder_once() -> None:
+    names = [r.name for r in LADDER]
     assert len(names) == len(set(names))
     assert set(names) == {path.stem for path in STAGES.glob("*.py")} - NOT_RUNGS
 
@@ -114,7 +124,8 @@ def test_a_rung_is_what_its_module_is(stage: Rung) -> None:
     assert all(
         signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in parameters[3:]
     )
-    assert ({"block_q", "block_k"} <= set(parameters)) == stage.tiles
+    assert ({"block_q", "block_k"} <= set(parameters)) == bool(stage.tile_sizes)
+    assert stage.is_triton == (stage.tile_sizes == GPU_TILES)
     assert hasattr(module, "attention_with_lse") == stage.lse
     if stage.lse:
         assert inspect.signature(module.attention_with_lse).parameters == signature.parameters
@@ -133,7 +144,41 @@ def test_a_rung_that_says_it_has_gradients_has_them(stage: Rung) -> None:
     if stage.missing():
         pytest.skip(stage.missing())
     q = torch.ones(1, 1, 3, 2, requires_grad=True)
-    assert stage.load().attention(q, q, q).requires_grad == stage.backward
+    if stage.backward:
+        assert stage.load().attention(q, q, q).requires_grad
+        return
+    with pytest.raises(ValueError, match=f"must not require gradients for stage '{stage.name}'"):
+        stage.load().attention(q, q, q)
+
+
+@every_rung
+def test_a_stage_can_be_imported_first(stage: Rung) -> None:
+    """In a fresh Python: a stage of kernels chooses Triton's mode before Triton is imported."""
+    if stage.missing():
+        pytest.skip(stage.missing())
+    code = f"from flashedu.stages import {stage.name} as stage; print(stage.attention.__name__)"
+    assert in_a_fresh_python(code) == "attention"
+
+
+def test_triton_before_flashedu_gets_a_sentence() -> None:
+    if rung("flash2").missing() or torch.cuda.is_available():
+        pytest.skip("needs Triton, and no GPU")
+    code = (
+        "import triton\ntry:\n    import flashedu.stages.flash2\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    assert in_a_fresh_python(code).startswith("Triton was imported before flashedu could choose")
+
+
+def test_where_triton_does_not_exist_the_sentence_says_so(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name)
+    )
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert rung("flash2").missing() == "stage 'flash2' needs Triton, which exists for Linux only"
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert rung("flash2").missing() == "stage 'flash2' needs triton: pip install triton"
 
 
 def test_the_closed_forms_know_the_rungs() -> None:

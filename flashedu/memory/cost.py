@@ -25,9 +25,7 @@ class Cost:
     hbm_read_bytes: int = 0
     hbm_write_bytes: int = 0
     hbm_extra_bytes: int = 0  # memory beside inputs and results
-    sram_peak_bytes: int | None = (
-        0  # of one program; None for a Triton kernel: the compiler's choice
-    )
+    sram_peak_bytes: int | None = 0  # of one program; None where a compiler decides
     flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
@@ -228,13 +226,14 @@ def flash1(p: Problem) -> Cost:
     """K and v pass by once; q, and o with its m and l, once for each key tile that they see."""
     w, a, heads = p.item_bytes, p.acc_bytes, p.B * p.H
     state = p.D * a + 2 * a  # of a query: o, m, l in HBM
-    extra = Cost(hbm_extra_bytes=heads * p.Nq * (state + a), sram_peak_bytes=None)
+    extra = Cost(hbm_extra_bytes=heads * p.Nq * (state + a))
     if _empty(p):
         return extra
     _, queries = _key_tiles(p)
     passed = int(queries.sum())
     key_tiles_seen = int((-(-queries // p.block_q)).sum())
     return extra + Cost(
+        sram_peak_bytes=None,
         hbm_read_bytes=heads * (2 * p.Nk * p.D * w + passed * (p.D * w + state) + p.Nq * state),
         hbm_write_bytes=heads * (p.Nq * state + passed * state + p.Nq * (p.D * w + a)),
         flops=2 * heads * key_tiles_seen * _tile_flops(p),
@@ -244,10 +243,11 @@ def flash1(p: Problem) -> Cost:
 def flash2(p: Problem) -> Cost:
     """The bytes of `online`."""
     moved = online(p)
-    extra = Cost(hbm_extra_bytes=moved.hbm_extra_bytes, sram_peak_bytes=None)
+    extra = Cost(hbm_extra_bytes=moved.hbm_extra_bytes)
     if _empty(p):
         return extra
     return extra + Cost(
+        sram_peak_bytes=None,
         hbm_read_bytes=moved.hbm_read_bytes,
         hbm_write_bytes=moved.hbm_write_bytes,
         flops=2 * p.B * p.H * _visits(p) * _tile_flops(p),
@@ -288,7 +288,7 @@ def flash2_dq(p: Problem) -> Cost:
 def flash2_backward(p: Problem) -> Cost:
     """The whole backward of `flash2`: 7 products where `online` has 5, and no sum in HBM."""
     if _empty(p):
-        return Cost(sram_peak_bytes=None)
+        return Cost(hbm_extra_bytes=online_delta(p).hbm_extra_bytes)
     return flash2_delta(p) + flash2_dkdv(p) + flash2_dq(p)
 
 

@@ -30,8 +30,14 @@ SRAM = "#7F3C8D"
 INK = "#222222"
 FAINT = "#DDDDDD"
 
-STAGE = {"naive": "#A8A8A8", "tiled": "#6A6A6A", "online": "#111111"}
-STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D"}
+STAGE = {
+    "naive": "#C4C4C4",
+    "tiled": "#9C9C9C",
+    "online": "#737373",
+    "flash1": "#494949",
+    "flash2": "#111111",
+}
+STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^"}
 
 # What `flashedu bench` times: grey, marker, line. Ours are black.
 PEER = {

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+from flashedu.memory.problem import Problem
+
 _NUMPY_DTYPES = ("float16", "float32", "float64")
 _TORCH_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _GPU_DTYPES = ("float16", "bfloat16", "float32")  # matrix units multiply no float64 for us
@@ -31,6 +33,11 @@ class Rung:
     requires: tuple[str, ...] = ()  # modules that it cannot run without
 
     @property
+    def any_tiles(self) -> bool:
+        """Whether block_q and block_k may be any numbers."""
+        return self.tile_sizes == ANY_TILES
+
+    @property
     def is_triton(self) -> bool:
         """Whether it is a GPU kernel, interpreted where there is no GPU."""
         return "triton" in self.requires
@@ -38,6 +45,21 @@ class Rung:
     def load(self) -> ModuleType:
         """Import the stage's module."""
         return importlib.import_module(f"flashedu.stages.{self.name}")
+
+    def refuses(self, p: Problem) -> str | None:
+        """Why the stage cannot take these sizes and dtype, in a sentence; None if it can."""
+        if p.dtype not in self.dtypes:
+            would_do = ", ".join(self.dtypes)
+            return f"stage '{self.name}' ({self.framework}) has no {p.dtype}; {would_do} would do"
+        for name, block in self.tiles_of(p).items():
+            if block not in self.tile_sizes:
+                would_do = ", ".join(map(str, self.tile_sizes))
+                return f"stage '{self.name}' takes a {name} of {would_do}, got {block}"
+        return None
+
+    def tiles_of(self, p: Problem) -> dict[str, int]:
+        """The tile sizes of `p`, as keyword arguments for the stage; none if it has no tiles."""
+        return {"block_q": p.block_q, "block_k": p.block_k} if self.tile_sizes else {}
 
     def missing(self) -> str | None:
         """Why this machine cannot run the stage, in a sentence; None if it can."""

@@ -6,19 +6,18 @@ import inspect
 from typing import Any
 
 from flashedu.stages import LADDER, Rung, rung
-from flashedu.stages.contract import framework_of
+from flashedu.stages.contract import dtype_name, framework_of
 
 
 def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> Any:
     """See `flashedu.attention`."""
-    chosen = _best_for(q) if stage is None else rung(stage)
+    uncounted = options.get("machine") is None
+    chosen = _best_for(q, compiled=uncounted) if stage is None else rung(stage)
     reason = chosen.missing()
     if reason is not None:
         runnable = ", ".join(r.name for r in LADDER if r.missing() is None)
         raise RuntimeError(f"{reason}. Stages that run here: {runnable}")
     function = chosen.load().attention
-    if options.get("machine") is None:
-        options.pop("machine", None)  # not every stage can be counted
     for name in options:
         if name not in inspect.signature(function).parameters:
             takes = ", ".join(list(inspect.signature(function).parameters)[3:])
@@ -26,10 +25,15 @@ def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> A
     return function(q, k, v, **options)
 
 
-def _best_for(q: Any) -> Rung:
+def _best_for(q: Any, *, compiled: bool) -> Rung:
+    """The highest rung that is quick on q: an interpreted kernel is not."""
     framework = framework_of(q)
     if framework is None:
         kind = type(q).__name__
         raise TypeError(f"q must be a NumPy array or a torch tensor, got {kind}")
     runnable = [r for r in LADDER if r.framework == framework and r.missing() is None]
-    return runnable[-1]
+    return [r for r in runnable if not r.is_triton or (compiled and _runs_on(r, q))][-1]
+
+
+def _runs_on(rung: Rung, q: Any) -> bool:
+    return q.is_cuda and dtype_name(q) in rung.dtypes

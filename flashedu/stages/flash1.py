@@ -58,6 +58,8 @@ def attention_with_lse(
         causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
     )  # fmt: skip
     triton_mode.check("flash1", q, machine)
+    if machine is not None:
+        k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     tile = tiles_for_call(q, problem, block_q, block_k).forward
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(

@@ -66,6 +66,8 @@ def attention_with_lse(
         causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
     )  # fmt: skip
     triton_mode.check("flash2", q, machine)
+    if machine is not None:
+        k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     if machine is None and torch.compiler.is_compiling():
         return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
     tiles = tiles_for_call(q, problem, block_q, block_k)
@@ -169,7 +171,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
 
-    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
+    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need. Keys
+    that do not exist need no mask: they reach no row but their own, which is not stored.
     """
     j = tl.program_id(0) * BLOCK_K  # causal: the first key tile is seen by most, and starts first
     b, h_kv = tl.program_id(1) // H_kv, tl.program_id(1) % H_kv
@@ -185,8 +188,6 @@ def dkdv_kernel(
         first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q
         all_see = tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))
         all_see = tl.minimum(tl.cdiv(all_see, BLOCK_Q), tl.cdiv(Nq, BLOCK_Q)) * BLOCK_Q
-    if j + BLOCK_K > Nk:  # keys that do not exist: masked for every query
-        all_see = tl.cdiv(Nq, BLOCK_Q) * BLOCK_Q
     for g in range(GROUP):
         h = h_kv * GROUP + g
         head = (b * H_kv * GROUP + h).to(tl.int64) * Nq
