@@ -399,7 +399,7 @@ def _record_run(
     from flashedu.bench.device import provenance
     from flashedu.bench.record import Writer, new_path
 
-    command = " ".join(["flashedu", *(Path(a).name if a == out else a for a in _args)])
+    command = " ".join(["flashedu", *_args]).replace(out or "\0", Path(out or "").name)
     facts = {"kind": kind, **provenance(device, command, commit), **head}
     path = Path(out) if out else new_path(kind, facts["card"], facts["date"])
     if head["quick"] and not out:

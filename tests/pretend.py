@@ -15,8 +15,9 @@ RATE = {"flash2": 520, "flash1": 230, "standard": 60, "sdpa-flash": 330, "sdpa-c
 MEMORY = 141 * 10**9
 HEAD = {
     "kind": "attention", "date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA H200",
-    "sm_count": 132, "memory_bytes": MEMORY, "driver": "1.2.3", "torch": "2.13.0",
-    "triton": "3.7.1", "cuda": "13.0", "commit": "0" * 40, "uncommitted_changes": False,
+    "compute_capability": [9, 0], "sm_count": 132, "memory_bytes": MEMORY, "driver": "1.2.3",
+    "torch": "2.13.0", "triton": "3.7.1", "cuda": "13.0", "commit": "0" * 40,
+    "uncommitted_changes": False,
     "before": {"clocks.sm": "345"}, "after": {"clocks.sm": "1980"}, "quick": False,
 }  # fmt: skip
 

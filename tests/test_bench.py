@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from flashedu import cli
+from flashedu.bench import cases, record, show
 from flashedu.bench import device as devices
-from flashedu.bench import record, show
 from flashedu.bench.cases import USUAL, Case, Choice, plan
 from flashedu.bench.record import NoRecord, Writer, latest, load
 from flashedu.bench.run import Check, measure, run, spread
@@ -40,7 +40,7 @@ HEAD = {
     "triton": "3.7", "cuda": "13.0", "quick": False, "planned": 1, "commit": "abc",
 }  # fmt: skip
 P = Problem(B=2, H=2, Nq=64, D=16, dtype="float16")
-SPEED = ("--sections", "speed", "--d", "256", "--n", "64", "--tokens", "64", "--rounds", "2")
+SPEED = ("--sections", "speed", "--d", "16", "--n", "64", "--tokens", "64", "--rounds", "2")
 
 
 class Toy:
@@ -84,6 +84,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "why_not", lambda: None)
     monkeypatch.setattr(devices, "Cuda", lambda: device)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(cases, "HIDDEN", 32)
     return device
 
 
@@ -149,9 +150,9 @@ def test_the_plan_has_the_shapes_of_the_table():
 
 
 def test_a_choice_of_peers_leaves_out_the_others_and_empty_cases():
-    cases = plan(Choice(peers=("flash1",), causal=(True,)), ("speed", "memory"))
-    assert {case.peers for case in cases} == {("flash1",)}
-    assert {case.section for case in cases} == {"speed"}
+    chosen = plan(Choice(peers=("flash1",), causal=(True,)), ("speed", "memory"))
+    assert {case.peers for case in chosen} == {("flash1",)}
+    assert {case.section for case in chosen} == {"speed"}
 
 
 @pytest.mark.parametrize("pass_", ["fwd", "bwd", "both"])
@@ -306,12 +307,12 @@ def test_a_run_is_a_record_that_show_prints(capsys, toy, tmp_path):
     peers = "flash2,standard,sdpa-math"
     code, out, err = cli_run(capsys, *SPEED, "--peers", peers, "--causal", "--passes", "fwd")
     assert code == 0
-    assert err == "[1/1] speed: fwd B 1 H 8 N 64 D 256 bfloat16 causal queued\n"
+    assert err == "[1/1] speed: fwd B 1 H 2 N 64 D 16 bfloat16 causal queued\n"
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("attention_toy_20")
     found = load(path)
     head = found.data
-    assert head["command"].startswith("flashedu bench --sections speed --d 256")
+    assert head["command"].startswith("flashedu bench --sections speed --d 16")
     assert head["torch"] == torch.__version__
     assert head["after"] == toy.state()
     assert (head["planned"], head["rounds"], head["quick"]) == (1, 2, False)
@@ -358,6 +359,8 @@ def test_a_quick_run_stays_out_of_the_records(capsys, toy, tmp_path):
     options = ("--quick", "--peers", "standard", "--causal", "--out", path)
     assert cli_run(capsys, *options, *SPEED[:-2])[0] == 0
     assert load(path).data["rounds"] == 3
+    assert load(path).data["command"].startswith("flashedu bench --quick")
+    assert str(tmp_path) not in load(path).data["command"]
     with pytest.raises(NoRecord, match="no record of flashedu bench"):
         latest("speed", folder=tmp_path)
 
@@ -365,7 +368,8 @@ def test_a_quick_run_stays_out_of_the_records(capsys, toy, tmp_path):
 def written(folder, name, **changes):
     section = changes.pop("section", "speed")
     writer = Writer(folder / name, {**HEAD, **changes})
-    writer.add({"section": section, "runs": []})
+    (case, *_) = pretend.record((section,)).data["cases"]
+    writer.add(case)
     return writer.path
 
 
@@ -397,6 +401,8 @@ def test_a_label_says_where_when_and_with_what(tmp_path):
         (b"[]", "its parts have other types"),
         (b"{}", "it has no 'kind'"),
         (b'{"kind": "attention", "date": 1}', "it has no 'card'"),
+        (json.dumps({**HEAD, "cases": [{"section": "speed"}]}).encode(), "it has no 'B'"),
+        (json.dumps({**HEAD, "cases": 7}).encode(), "its parts have other types"),
     ],
 )
 def test_a_file_that_is_no_record_gets_one_line(capsys, tmp_path, content, why):
@@ -484,8 +490,6 @@ def test_without_torch_it_says_so(capsys, monkeypatch):
 
 
 def test_the_known_names_are_those_of_the_package():
-    from flashedu.bench import cases
-
     assert cli.BENCH_SECTIONS.split(", ") == list(cases.SECTIONS)
     assert cli.BENCH_PEERS.split(", ") == list(cases.PEERS) == [peer.name for peer in PEERS]
     assert cli.BENCH_PASSES.split(", ") == list(cases.PASSES)
@@ -514,8 +518,8 @@ def test_tune_takes_the_fastest_right_tile_that_fits(capsys, toy, tmp_path, monk
     monkeypatch.setattr(
         tune.tune, "__kwdefaults__", {**tune.tune.__kwdefaults__, "candidates": few}
     )
-    toy.ticks = itertools.cycle((3.0, 1.0))
-    options = ("--d", "256", "--n", "32", "--tokens", "32", "--causal", "--dtype", "float16")
+    toy.ticks = itertools.cycle((3.0, 1.0))  # the second tile is the fastest
+    options = ("--d", "16", "--n", "32", "--tokens", "32", "--causal", "--dtype", "float16")
     code, out, err = cli_run(capsys, "tune", *options, "--rounds", "2")
     assert (code, err.count("\n")) == (0, 3)
     (path,) = tmp_path.iterdir()
@@ -525,7 +529,7 @@ def test_tune_takes_the_fastest_right_tile_that_fits(capsys, toy, tmp_path, monk
     assert forward["runs"][0]["why"].startswith("does not fit the card: ")
     assert forward["runs"][3]["why"].startswith("wrong: o differs from float64")
     assert dq["best"] is not None
-    row = "((9, 0), 256, 2, True, 32): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, "
+    row = "((9, 0), 16, 2, True, 32): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, "
     assert row in " ".join(out.split())
 
 

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "benchmarks" / "results"
-KINDS = ("attention", "tiles")
-HEAD = ("date", "card", "torch", "triton", "cuda", "driver", "sm_count", "planned", "cases")
-RUN = ("median_s", "p10_s", "p90_s", "extra_bytes", "why")
+HEAD = ("date", "card", "torch", "triton", "cuda", "driver", "sm_count", "compute_capability",
+        "quick", "planned", "cases")  # fmt: skip
+CASE = ("section", "B", "H", "N", "D", "dtype", "causal", "runs")
+RUN = ("why", "seconds", "median_s", "p10_s", "p90_s", "extra_bytes")
+MORE = {  # of a case, and of a run
+    "attention": (("pass", "mode"), ("peer", "errors", "tflops", "times_as_fast_as")),
+    "tiles": (("columns", "item_bytes", "best"), ("tile",)),
+}
 
 
 class NoRecord(ValueError):
@@ -99,14 +104,19 @@ def _all(folder: Path) -> Iterator[Record]:
 
 
 def _check(data: Any) -> None:
-    if data["kind"] not in KINDS:
+    if data["kind"] not in MORE:
         raise KeyError("kind")
-    for name in (*HEAD, "quick"):
-        data[name]
+    of_case, of_run = MORE[data["kind"]]
+    _has(data, HEAD)
     for case in data["cases"]:
+        _has(case, CASE + of_case)
         for run in case["runs"]:
-            for name in RUN:
-                run[name]
+            _has(run, RUN + of_run)
+
+
+def _has(part: Any, names: Iterable[str]) -> None:
+    for name in names:
+        part[name]
 
 
 class Writer:

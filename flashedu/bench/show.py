@@ -153,14 +153,15 @@ def _tiles(record: Record) -> Iterator[RenderableType]:
         "dkdv and dq: the time of the whole backward. For flashedu/stages/flash2_tiles.py, by "
         "capability, columns of a tile, bytes of a value, causal and N:"
     )
-    best = {
-        (case["columns"], case["item_bytes"], case["causal"], case["N"]): case["tiles"]
-        for case in record.data["cases"]
-    }
     capability = tuple(record.data["compute_capability"])
-    for key, tiles in best.items():  # the last case of each has all kernels
-        three = ", ".join(f"Tile{tuple(tile)}" for tile in tiles)
-        yield Text(f"{(capability, *key)}: Tiles({three}),")
+    kernels: dict[tuple[Any, ...], list[Case]] = {}
+    for case in record.data["cases"]:
+        key = (capability, case["columns"], case["item_bytes"], case["causal"], case["N"])
+        kernels.setdefault(key, []).append(case)
+    for key, cases in kernels.items():
+        if len(cases) == 3 and all(case["best"] for case in cases):
+            tiles = ", ".join(f"Tile{tuple(case['best'])}" for case in cases)
+            yield Text(f"{key}: Tiles({tiles}),")
 
 
 def _table() -> Table:

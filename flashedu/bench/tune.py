@@ -54,13 +54,14 @@ def tune(
         found = _best(p, kernel, tiles[p], candidates[kernel], device, rounds, seed)
         if found["best"] is not None:
             tiles[p] = tiles[p]._replace(**{kernel: Tile(*found["best"])})
-        yield {**found, "tiles": [list(tile) for tile in tiles[p]]}
+        yield found
         device.free()
 
 
 def _start(p: Problem) -> Tiles:
     """Small enough for every card that has the dtype."""
-    rows = 64 if columns(p.D) * p.item_bytes <= 256 else 16
+    row_bytes = columns(p.D) * p.item_bytes
+    rows = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     return Tiles(*[Tile(rows, rows, 4, 2)] * 3)
 
 
