@@ -1,4 +1,7 @@
-"""The PyTorch rungs on a card: the same contract, with CUDA tensors."""
+"""The PyTorch rungs on a card: the whole contract on CUDA tensors, and what only a card can show.
+
+`pytest -m gpu`; kernels are compiled for each size, so `-n 8` is several times faster.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import itertools
 import pytest
 import torch
 
+import flashedu
+from flashedu import ladder
 from flashedu.memory import Machine, Problem, cost
-from flashedu.stages import online, rung
+from flashedu.stages import LADDER, Rung, online, rung
 from flashedu.stages.reference import Reference
 from flashedu.testing import assert_right, draw
+from tests.contract import Subject, claims
+from tests.test_mutants import KERNELS, MUTANTS, Mutant, assert_caught, stage_with
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,29 +26,83 @@ pytestmark = [
     ),
 ]
 
+ON_A_CARD = [r for r in LADDER if r.framework == "torch" and r.missing() is None]
+every_rung = pytest.mark.parametrize("stage", ON_A_CARD, ids=[r.name for r in ON_A_CARD])
 P = Problem(B=2, H=4, H_kv=2, Nq=67, Nk=131, D=40, block_q=32, block_k=48)
 
 
+def run(stage: str, q, k, v, do, **options) -> Reference:
+    """o, lse and the gradients."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o, lse = rung(stage).load().attention_with_lse(*leaves, **options)
+    return Reference(o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do))
+
+
+def drawn(p: Problem, family: str = "normal") -> tuple[torch.Tensor, ...]:
+    return tuple(x.cuda() for x in draw(p, family, framework="torch"))
+
+
+def random(*shape: int) -> torch.Tensor:
+    """bfloat16, drawn on the card: too large to be drawn elsewhere."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def for_a_card(r: Rung) -> list[str]:
+    """Claims that hold for compiled kernels: those cannot be counted."""
+    counted = {"counted_bytes", "counting"}
+    return [c for c in claims(r) if not (r.is_triton and c.startswith(tuple(counted)))]
+
+
+CLAIMS = [(r, claim) for r in ON_A_CARD for claim in for_a_card(r)]
+
+
 @pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [(name, dtype) for name in ("online", "flash2") for dtype in rung(name).dtypes],
+    ("stage", "claim"), [pytest.param(r, c, id=f"{r.name}-{c}") for r, c in CLAIMS]
 )
-def test_matches_float64_on_the_card(stage: str, dtype: str) -> None:
-    tiles = {"block_q": P.block_q, "block_k": P.block_k} if rung(stage).tiles else {}
-    for family, causal in itertools.product(("normal", "peaked", "rising"), (False, True)):
-        p = P.replace(dtype=dtype, causal=causal)
-        q, k, v, do = (x.cuda() for x in draw(p, family, framework="torch"))
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        o, lse = rung(stage).load().attention_with_lse(*leaves, causal=causal, **tiles)
-        assert o.device == q.device
-        o.backward(do)
-        got = Reference(o, lse, *(x.grad for x in leaves))
-        assert_right(got, q, k, v, do, causal=causal)
+def test_contract_on_the_card(stage: Rung, claim: str) -> None:
+    claims(stage)[claim](Subject.of(stage, device="cuda"))
+
+
+COMPILED_MUTANTS = [
+    m for m in MUTANTS if m.stage in KERNELS and not m.caught_by.startswith("count")
+]
+
+
+@pytest.mark.parametrize("mutant", COMPILED_MUTANTS, ids=str)
+def test_compiled_mutant_is_caught(mutant: Mutant) -> None:
+    assert_caught(stage_with(mutant.stage, mutant.changes, "cuda"), mutant.caught_by)
+
+
+@pytest.mark.parametrize("stage", sorted(KERNELS))
+def test_the_same_mechanism_passes_the_compiled_kernels(stage: str) -> None:
+    subject = stage_with(stage, device="cuda")
+    claims(subject)["each_head_reads_its_own_key_head"](subject)
+
+
+@every_rung
+def test_results_stay_on_the_card(stage: Rung) -> None:
+    q, k, v, _ = drawn(P.replace(dtype="float32"))
+    o, lse = stage.load().attention_with_lse(q, k, v)
+    assert o.device == lse.device == q.device
+
+
+def test_the_default_stage_on_a_card_is_flash2() -> None:
+    q, k, v, _ = drawn(P)
+    assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage="flash2"))
+    machine = Machine()
+    flashedu.attention(q, k, v, machine=machine)  # which compiled kernels cannot count
+    assert machine.launches == ["online"]
+
+
+def test_the_ladder_counts_kernels_where_they_are_compiled() -> None:
+    p = P.replace(block_k=32)
+    assert ladder.count("flash2", p).counted == cost.flash2(p)
 
 
 def test_counted_bytes_are_those_of_the_cpu() -> None:
     machine = Machine()
-    q, k, v, _ = (x.cuda() for x in draw(P, framework="torch"))
+    q, k, v, _ = drawn(P)
     online.attention(q, k, v, block_q=P.block_q, block_k=P.block_k, machine=machine)
     assert machine.counted == cost.online(P)
 
@@ -52,22 +113,150 @@ def test_tensors_on_two_devices_get_a_sentence() -> None:
         online.attention(q.cuda(), k, v.cuda())
 
 
+def test_kernels_on_the_cpu_get_a_sentence_where_they_are_compiled() -> None:
+    q, k, v, _ = draw(P, framework="torch")
+    with pytest.raises(ValueError, match="q must be on cuda for stage 'flash2', got cpu"):
+        rung("flash2").load().attention(q, k, v)
+
+
 def test_a_watched_tile_comes_to_the_host() -> None:
     machine = Machine(watch=["m_i"])
-    q, k, v, _ = (x.cuda() for x in draw(P, framework="torch"))
+    q, k, v, _ = drawn(P)
     online.attention(q, k, v, block_q=P.block_q, block_k=P.block_k, machine=machine)
     assert machine.watched["m_i"][-1].shape == (P.B, P.H, 3, 1)  # the last tile: 67 = 2 · 32 + 3
 
 
+# long, large, and many at a time
+
+
+@pytest.mark.parametrize("N", [4096, 16384, 65536])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_are_right(N: int, D: int, causal: bool) -> None:
+    """The last 32 queries, as a problem of their own: do is 0 for all others, so that they alone
+    make dk and dv."""
+    q, k, v, do = (random(1, 2, N, D) for _ in range(4))
+    q = 3 * q  # a peaked softmax
+    do[:, :, :-32] = 0
+    got = run("flash2", q, k, v, do, causal=causal)
+    few = Reference(got.o[:, :, -32:], got.lse[:, :, -32:], got.dq[:, :, -32:], got.dk, got.dv)
+    assert_right(few, q[:, :, -32:], k, v, do[:, :, -32:], causal=causal)
+    assert not got.dq[:, :, :-32].any()
+
+
+@pytest.mark.parametrize("stage", ["flash1", "flash2"])
+def test_tensors_of_more_than_2_to_the_31_elements_are_right(stage: str) -> None:
+    """The last head lies beyond what 32 bits can address, in each tensor."""
+    B, H, N, D = 17, 128, 8192, 128
+    q, k, v = (random(B, H, N, D) for _ in range(3))
+    assert q.numel() > 2**31
+    do = random(B, H, N, D) if rung(stage).backward else None
+    if do is None:
+        got = Reference(*rung(stage).load().attention_with_lse(q, k, v, causal=True))
+    else:
+        got = run(stage, q, k, v, do, causal=True)
+    last = [None if x is None else x[-1:, -1:] for x in (*got, q, k, v, do)]
+    assert_right(Reference(*last[:5]), *last[5:], causal=True)
+
+
+def test_more_heads_than_a_grid_is_high_are_right() -> None:
+    p = Problem(B=700, H=100, Nq=16, D=16, dtype="float16")
+    q, k, v, do = drawn(p)
+    got = run("flash2", q, k, v, do)
+    assert_right(Reference(*(x[-1:] for x in got)), *(x[-1:] for x in (q, k, v, do)))
+
+
 @pytest.mark.parametrize("D", [7, 64, 128, 256])
 def test_flash2_gives_the_same_bits_each_time(D: int) -> None:
-    q, k, v, do = (x.cuda() for x in draw(P.replace(D=D), framework="torch"))
-
-    def run() -> list[torch.Tensor]:
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        o, lse = rung("flash2").load().attention_with_lse(*leaves, causal=True)
-        return [o, lse, *torch.autograd.grad(o, leaves, do)]
-
-    first = run()
+    inputs = drawn(P.replace(D=D, Nq=300, Nk=500))
+    first = run("flash2", *inputs, causal=True)
     for _ in range(5):
-        assert all(map(torch.equal, run(), first))
+        assert all(map(torch.equal, run("flash2", *inputs, causal=True), first))
+
+
+def test_two_streams_do_not_disturb_one_another() -> None:
+    shapes = (Problem(B=2, H=8, Nq=1000, D=64), Problem(B=2, H=8, Nq=700, Nk=1300, D=128))
+    inputs = [drawn(p) for p in shapes]
+    alone = [run("flash2", *x, causal=True) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in shapes]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        together = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(run("flash2", *x, causal=True))
+        torch.cuda.synchronize()
+        for got, want in zip(together, alone, strict=True):
+            assert all(map(torch.equal, got, want))
+
+
+def test_a_tensor_on_another_card_is_taken_there() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs; torch sees one")
+    inputs = drawn(P)
+    there = run("flash2", *(x.to("cuda:1") for x in inputs))
+    assert there.o.device.index == 1
+    assert all(
+        torch.equal(x.cpu(), y.cpu()) for x, y in zip(there, run("flash2", *inputs), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_torch_compile_gives_the_same_bits(dtype: str) -> None:
+    inputs = drawn(P.replace(dtype=dtype))
+    flash2 = rung("flash2").load()
+
+    def attend(q, k, v):
+        return flash2.attention(q, k, v, causal=True)
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        o = function(*leaves)
+        results.append([o.detach(), *torch.autograd.grad(o, leaves, inputs[3])])
+    assert all(map(torch.equal, *results))
+
+
+def test_the_operator_passes_opcheck() -> None:
+    q, k, v, _ = drawn(P.replace(dtype="float32"))
+    found = torch.library.opcheck(
+        rung("flash2").load().flash2_op, (q.requires_grad_(), k, v, True, 0.25, 0, 0)
+    )
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_a_cuda_graph_replays_it() -> None:
+    q, k, v, _ = drawn(P)
+    flash2 = rung("flash2").load()
+    want = flash2.attention(q, k, v)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = flash2.attention(q, k, v)
+    o.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, want)
+
+
+# memory
+
+
+def peak_bytes(N: int) -> int:
+    """Beside the inputs, forward and backward."""
+    q, k, v, do = (random(1, 16, N, 64) for _ in range(4))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run("flash2", q, k, v, do, causal=True)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_extra_memory_grows_with_n_and_is_no_more_than_its_parts() -> None:
+    peak_bytes(1024)  # what the first call loads is not the algorithm's
+    measured = {N: peak_bytes(N) for N in (4096, 8192, 16384)}
+    for N, n_bytes in measured.items():
+        results = 16 * N * (4 * 64 * 2 + 2 * 4)  # o, dq, dk, dv; lse, delta
+        assert n_bytes <= 1.05 * results + 2**20
+    for a, b in itertools.pairwise(measured.values()):
+        assert b / a == pytest.approx(2, rel=0.05)

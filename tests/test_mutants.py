@@ -356,7 +356,7 @@ MUTANTS = [
     Mutant("flash2", "k is read twice for each tile", COUNTED, _scores,
            _scores.replace("k_j =", "K.load([b, h // GROUP, j, 0]); k_j =")),
     Mutant("flash2", "lse is written twice", COUNTED, "    some = l_i > 0",
-           "    tl.store(LSE + tl.program_id(1).to(tl.int64) * Nq + rows, m_i, mask=rows < Nq)\n"
+           "    tl.store(LSE + head.to(tl.int64) * Nq + rows, m_i, mask=rows < Nq)\n"
            "    some = l_i > 0"),
     Mutant("flash2", "queries that see no key of a tile are read", COUNTED_BACKWARD,
            "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q", "first = 0"),

@@ -139,6 +139,7 @@ def _elements(rows, rows_exist, cols, D):
     return rows[:, None] * D + cols[None, :], rows_exist[:, None] & (cols < D)[None, :]
 
 
+@triton_mode.on_its_card
 def forward(q, k, v, problem, scale, machine, tile):
     """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each head.
 

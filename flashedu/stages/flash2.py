@@ -1,7 +1,7 @@
 """FlashAttention-2: the online softmax as GPU programs, one for each tile of queries.
 
 What changed from `online`: the outer loop is gone. Each of its passes is a program of its own, and
-a GPU runs hundreds of them side by side: the grid is (query tiles) × (batches · heads). A program
+a GPU runs hundreds of them side by side: the grid is query tiles × heads × batches. A program
 keeps q_i, m_i, l_i and acc_i on chip and walks over k and v, so o is written once and never read.
 
     s = scale · q kᵀ    m_new = max(m, rowmax(s))    α = 2^(m − m_new)    p = 2^(s − m_new)
@@ -84,8 +84,8 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one query tile of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
-    i = _longest_first(BLOCK_Q, CAUSAL)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
+    b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
 
     q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
@@ -115,16 +115,21 @@ def forward_kernel(
     o_i = acc_i / tl.where(some, l_i, 1)[:, None]
     lse_i = tl.where(some, LN2 * (m_i + tl.log2(tl.where(some, l_i, 1))), float("-inf"))
     O.store([b, h, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
-    tl.store(LSE + tl.program_id(1).to(tl.int64) * Nq + rows, lse_i, mask=rows < Nq)
+    tl.store(LSE + head.to(tl.int64) * Nq + rows, lse_i, mask=rows < Nq)
 
 
 @triton.jit
-def _longest_first(BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
-    """The first row of this program's tile. Causal: the last tile has most to do, and starts."""
-    tile = tl.program_id(0)
-    if CAUSAL:
-        tile = tl.num_programs(0) - 1 - tile
-    return tile * BLOCK
+def _tile_and_head(N, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The first row of this program's tile, and its head, counted through all batches.
+
+    Neighbours have the same head: what they all load, k and v or q and do, stays in the L2 cache.
+    Causal, the last query tile sees most keys; it starts first, so that no long program ends alone.
+    """
+    tiles = tl.cdiv(N, BLOCK)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile * BLOCK, head
 
 
 @triton.jit
@@ -154,13 +159,13 @@ def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
 @triton.jit
 def delta_kernel(O, DO, DELTA, H, Nq, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """delta = rowsum(do ∘ o) of one query tile."""
-    i = tl.program_id(0) * BLOCK_Q
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    i, head = _tile_and_head(Nq, BLOCK_Q, False)
+    b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
     o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
     do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
     delta_i = tl.sum(do_i * o_i, 1)
-    tl.store(DELTA + tl.program_id(1).to(tl.int64) * Nq + rows, delta_i, mask=rows < Nq)
+    tl.store(DELTA + head.to(tl.int64) * Nq + rows, delta_i, mask=rows < Nq)
 
 
 @triton.jit
@@ -171,11 +176,10 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
 
-    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need. Keys
-    that do not exist need no mask: they reach no row but their own, which is not stored.
+    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
     """
-    j = tl.program_id(0) * BLOCK_K  # causal: the first key tile is seen by most, and starts first
-    b, h_kv = tl.program_id(1) // H_kv, tl.program_id(1) % H_kv
+    j, head_kv = _tile_and_head(Nk, BLOCK_K, False)
+    b, h_kv = head_kv // H_kv, head_kv % H_kv
     cols = j + tl.arange(0, BLOCK_K)
 
     k_j = K.load([b, h_kv, j, 0]).reshape(BLOCK_K, COLUMNS)
@@ -188,15 +192,17 @@ def dkdv_kernel(
         first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q
         all_see = tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))
         all_see = tl.minimum(tl.cdiv(all_see, BLOCK_Q), tl.cdiv(Nq, BLOCK_Q)) * BLOCK_Q
+    if j + BLOCK_K > Nk:  # keys that do not exist: masked, or their p could overflow
+        all_see = tl.cdiv(Nq, BLOCK_Q) * BLOCK_Q
     for g in range(GROUP):
         h = h_kv * GROUP + g
-        head = (b * H_kv * GROUP + h).to(tl.int64) * Nq
+        head_rows = (head_kv * GROUP + g).to(tl.int64) * Nq
         for MASKED in tl.static_range(2):
             start, stop = (first, all_see) if MASKED else (all_see, Nq)
             for i in tl.range(start, stop, BLOCK_Q):
                 rows = i + tl.arange(0, BLOCK_Q)
                 q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
-                lse_i = _load_lse(LSE + head, rows, Nq)
+                lse_i = _load_lse(LSE + head_rows, rows, Nq)
                 s_ji = tl.dot(k_j, q_i.T, input_precision="ieee") * (scale * LOG2E)
                 if MASKED:
                     s_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))
@@ -204,7 +210,7 @@ def dkdv_kernel(
 
                 do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
                 dv_j = tl.dot(p_ji.to(do_i.dtype), do_i, dv_j, input_precision="ieee")
-                delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
+                delta_i = tl.load(DELTA + head_rows + rows, mask=rows < Nq, other=0)
                 dp_ji = tl.dot(v_j, do_i.T, input_precision="ieee")
                 ds_ji = p_ji * (dp_ji - delta_i[None, :])
                 dk_j = tl.dot(ds_ji.to(q_i.dtype), q_i, dk_j, input_precision="ieee")
@@ -220,15 +226,15 @@ def dq_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile: it walks over the keys that it sees, as the forward does."""
-    i = _longest_first(BLOCK_Q, CAUSAL)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
+    b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
-    head = tl.program_id(1).to(tl.int64) * Nq
+    head_rows = head.to(tl.int64) * Nq
 
     q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
     do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
-    lse_i = _load_lse(LSE + head, rows, Nq)
-    delta_i = tl.load(DELTA + head + rows, mask=rows < Nq, other=0)
+    lse_i = _load_lse(LSE + head_rows, rows, Nq)
+    delta_i = tl.load(DELTA + head_rows + rows, mask=rows < Nq, other=0)
     dq_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
     seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
@@ -259,6 +265,7 @@ def _load_lse(LSE, rows, Nq):
 # launches
 
 
+@triton_mode.on_its_card
 def forward(q, k, v, problem, scale, machine, tile):
     """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each query tile of each head.
 
@@ -273,8 +280,7 @@ def forward(q, k, v, problem, scale, machine, tile):
     K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
 
     with counted(machine, "flash2", problem, q=Q, k=K, v=V, o=O, lse=lse):
-        # A head's query tiles are neighbours in the grid: its k and v stay in the L2 cache.
-        forward_kernel[(triton.cdiv(Nq, tile.block_q), B * H)](
+        forward_kernel[(triton.cdiv(Nq, tile.block_q) * B * H,)](
             Q, K, V, O, lse, scale, H, Nq, Nk,
             GROUP=H // H_kv, COLUMNS=columns(D), CAUSAL=problem.causal,
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
@@ -283,6 +289,7 @@ def forward(q, k, v, problem, scale, machine, tile):
     return o.to(q.dtype).contiguous(), lse
 
 
+@triton_mode.on_its_card
 def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
     """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None."""
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
@@ -294,7 +301,7 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
 
     O, DO = tiles_of(o, DELTA_ROWS), tiles_of(do, DELTA_ROWS)
     with counted(machine, "flash2 delta", problem, o=O, do=DO, delta=delta):
-        delta_kernel[(triton.cdiv(Nq, DELTA_ROWS), B * H)](
+        delta_kernel[(triton.cdiv(Nq, DELTA_ROWS) * B * H,)](
             O, DO, delta, H, Nq, COLUMNS=columns(D), BLOCK_Q=DELTA_ROWS
         )
     if dlse is not None:
@@ -305,7 +312,7 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
     K, V, DK, DV = (tiles_of(x, t.block_k) for x in (k, v, dk, dv))
     arrays = dict(q=Q, k=K, v=V, do=DO, lse=lse, delta=delta)
     with counted(machine, "flash2 dkdv", problem, **arrays, dk=DK, dv=DV):
-        dkdv_kernel[(triton.cdiv(Nk, t.block_k), B * H_kv)](
+        dkdv_kernel[(triton.cdiv(Nk, t.block_k) * B * H_kv,)](
             Q, K, V, DO, lse, delta, DK, DV, scale, H_kv, Nq, Nk,
             **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
             num_warps=t.warps, num_stages=t.stages,
@@ -316,7 +323,7 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
     K, V = tiles_of(k, t.block_k), tiles_of(v, t.block_k)
     arrays = dict(q=Q, k=K, v=V, do=DO, lse=lse, delta=delta)
     with counted(machine, "flash2 dq", problem, **arrays, dq=DQ):
-        dq_kernel[(triton.cdiv(Nq, t.block_q), B * H)](
+        dq_kernel[(triton.cdiv(Nq, t.block_q) * B * H,)](
             Q, K, V, DO, lse, delta, DQ, scale, H, Nq, Nk,
             **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
             num_warps=t.warps, num_stages=t.stages,

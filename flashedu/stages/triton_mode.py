@@ -6,8 +6,10 @@ before the first import, and every stage with kernels imports this module first.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -30,6 +32,17 @@ if not INTERPRETED and not torch.cuda.is_available():
         "Triton was imported before flashedu could choose its interpreter, and there is no GPU to "
         "compile for: import flashedu first, or set TRITON_INTERPRET=1 before Python starts"
     )
+
+
+def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch from the card of the first argument, which need not be the current one."""
+
+    @functools.wraps(function)
+    def wrapper(x: torch.Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *rest)
+
+    return wrapper
 
 
 def capability(x: torch.Tensor) -> tuple[int, int] | None:
