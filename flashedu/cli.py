@@ -1,4 +1,4 @@
-"""The command line: `flashedu ladder` and `flashedu doctor`.
+"""The command line: `flashedu ladder`, `flashedu doctor` and `flashedu bench`.
 
 A wrong option gets one line on stderr and exit code 2. Slow imports wait until they are needed.
 """
@@ -12,8 +12,9 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,8 @@ DTYPES = "float16, bfloat16, float32, float64"
 LARGEST = 10**9
 OUT_OF_MEMORY = "flashedu: out of memory; a smaller --n needs less"
 WIDE = 110  # columns from which there is room for the ideas
+
+_args: list[str] = []  # as given
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, or the copy that typer brings
 
@@ -56,7 +59,7 @@ class Group(TyperGroup):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             commands = ", ".join(self.commands)
             close = _close(args[0], self.commands) or f"the commands are {commands}"
-            raise Refused(f"flashedu: no command {_shown(args[0])}; {close}")
+            raise Refused(f"{ctx.command_path}: no command {_shown(args[0])}; {close}")
         return super().resolve_command(ctx, args)
 
 
@@ -72,11 +75,12 @@ app = typer.Typer(
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    _args[:] = sys.argv[1:] if args is None else args
     _print_what_the_encoding_lacks_as_ascii()
     try:
         code = app(args=args, prog_name="flashedu", standalone_mode=False)
     except UsageError as error:
-        return _complain(_one_line(error, sys.argv[1:] if args is None else args), 2)
+        return _complain(_one_line(error, _args), 2)
     except Refused as error:
         return _complain(str(error), 2)
     except Stopped as error:
@@ -244,6 +248,207 @@ def doctor(
         _print(_doctor_report(findings))
     if not checks.course_runs(findings):
         raise typer.Exit(1)
+
+
+# bench
+
+bench = typer.Typer(cls=Group, add_completion=False)
+app.add_typer(bench, name="bench")
+
+BENCH_SECTIONS = "speed, flash1, memory, standard, short"  # bench.cases, without its imports
+BENCH_PEERS = "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math"
+BENCH_PASSES = "fwd, bwd, both"
+GPU_DTYPES = "bfloat16, float16, float32"
+RECORDED = "flashedu bench show prints what was recorded"
+
+
+def _each(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda value: tuple(one(part.strip()) for part in value.split(","))
+
+
+def _list(name: str, what: str, one: Callable[[str], Any] = _whole) -> Any:
+    return typer.Option(name, help=what, parser=_each(one), metavar="LIST")
+
+
+_DTYPE = typer.Option("--dtype", help=f"{GPU_DTYPES}.", parser=_one_of(GPU_DTYPES), metavar="DTYPE")
+_ROUNDS = typer.Option("--rounds", help="Timings of each.", parser=_whole, metavar="INTEGER")
+_CAUSAL = typer.Option("--causal", help="With the causal mask only.")
+_FULL = typer.Option("--full", help="Without a mask only.")
+_OUT = typer.Option("--out", help="The record's file, a new one.", metavar="FILE")
+_COMMIT = typer.Option("--commit", help="The commit to record, where there is no git.")
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(
+    ctx: typer.Context,
+    d: Annotated[Any, _list("--d", "Head sizes of the speed section; 64,128.", _head_size)] = None,
+    n: Annotated[Any, _list("--n", "Lengths there; 512,1024,4096,16384.")] = None,
+    causal: Annotated[bool, _CAUSAL] = False,
+    full: Annotated[bool, _FULL] = False,
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    passes: Annotated[
+        Any, _list("--passes", f"Of {BENCH_PASSES}; fwd,bwd.", _one_of(BENCH_PASSES))
+    ] = None,
+    tokens: Annotated[int, _number("--tokens", "Batches times length.")] = 16384,
+    rounds: Annotated[int, _ROUNDS] = 20,
+    peers: Annotated[
+        Any, _list("--peers", f"Of {BENCH_PEERS}; all but the last.", _one_of(BENCH_PEERS))
+    ] = None,
+    sections: Annotated[
+        Any, _list("--sections", f"Of {BENCH_SECTIONS}; all.", _one_of(BENCH_SECTIONS))
+    ] = None,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
+    ] = False,
+) -> None:
+    """Time the kernels on a GPU beside PyTorch's, and record it; show what was recorded.
+
+    Each result is checked against float64 before it is timed.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    device = _measuring_device("bench")
+    from flashedu.bench.cases import Choice, plan
+    from flashedu.bench.peers import PEERS
+    from flashedu.bench.run import run
+
+    n = n or ((512, 1024) if quick else None)
+    rounds = 3 if quick else rounds
+    given = {"d": d, "n": n, "passes": passes, "peers": peers, "causal": _masks(causal, full)}
+    choice = Choice(
+        dtype=dtype, tokens=tokens, quick=quick,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    cases = plan(choice, sections or tuple(BENCH_SECTIONS.split(", ")))
+    with _progress() as on_case:
+        steps = run(cases, {p.name: p for p in PEERS}, device, rounds=rounds, on_case=on_case)
+        head = {"quick": quick, "rounds": rounds, "planned": len(cases)}
+        path = _record_run("attention", device, steps, out, commit, head)
+    _show_record(path)
+
+
+@bench.command()
+def tune(
+    d: Annotated[Any, _list("--d", "Head sizes; 64,128.", _head_size)] = None,
+    n: Annotated[Any, _list("--n", "Lengths; 1024,4096,16384.")] = None,
+    causal: Annotated[bool, _CAUSAL] = False,
+    full: Annotated[bool, _FULL] = False,
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    tokens: Annotated[int, _number("--tokens", "Batches times length.")] = 16384,
+    rounds: Annotated[int, _ROUNDS] = 10,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Find the fastest tiles for flash2's kernels on this GPU, and record all timings."""
+    device = _measuring_device("bench tune")
+    from flashedu.bench.cases import Choice, shape
+    from flashedu.bench.tune import CANDIDATES
+    from flashedu.bench.tune import tune as try_all
+
+    choice = Choice(dtype=dtype, tokens=tokens)
+    problems = [
+        shape(choice, length, size, mask)
+        for size in d or (64, 128)
+        for mask in _masks(causal, full)
+        for length in n or (1024, 4096, 16384)
+    ]
+    with _progress() as on_case:
+        steps = try_all(problems, device, rounds=rounds, on_case=on_case)
+        head = {"quick": False, "rounds": rounds, "planned": len(problems) * len(CANDIDATES)}
+        path = _record_run("tiles", device, steps, out, commit, head)
+    _show_record(path)
+
+
+@bench.command()
+def show(
+    file: Annotated[
+        str | None, typer.Argument(help="A record; the newest if not given.", metavar="[FILE]")
+    ] = None,
+    png: Annotated[
+        str | None, typer.Option("--png", help="Draw it into this file.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Print a record as tables; draw its figures."""
+    _show_record(file, png)
+
+
+def _measuring_device(command: str) -> Any:
+    try:
+        from flashedu.bench import device
+    except ModuleNotFoundError as error:
+        raise Stopped(
+            f"flashedu {command}: needs {error.name}: pip install {error.name}; {RECORDED}"
+        ) from None
+    if reason := device.why_not():
+        raise Stopped(f"flashedu {command}: {reason}; {RECORDED}")
+    return device.Cuda()
+
+
+def _masks(causal: bool, full: bool) -> tuple[bool, ...]:
+    return (False, True) if causal == full else (causal,)
+
+
+def _record_run(
+    kind: str, device: Any, steps: Iterable[Any], out: str | None, commit: str | None, head: Any
+) -> str:
+    """Write the steps into a new record as they come; the path of it."""
+    import tempfile
+
+    from flashedu.bench.device import provenance
+    from flashedu.bench.record import Writer, new_path
+
+    command = " ".join(["flashedu", *_args]).replace(out or "\0", Path(out or "").name)
+    facts = {"kind": kind, **provenance(device, command, commit), **head}
+    path = Path(out) if out else new_path(kind, facts["card"], facts["date"])
+    if head["quick"] and not out:
+        path = Path(tempfile.mkdtemp()) / path.name
+    try:
+        writer = Writer(path, facts)
+    except OSError as error:
+        why = "is there already" if isinstance(error, FileExistsError) else error.strerror
+        raise Refused(f"flashedu bench: --out {path}: {why}; a new file would do") from None
+    for step in steps:
+        writer.add(step)
+    writer.finish(after=device.state())
+    return str(path)
+
+
+def _show_record(file: str | None, png: str | None = None) -> None:
+    from flashedu.bench import record, show
+
+    try:
+        found = record.load(file) if file else record.latest()
+    except record.NoRecord as error:
+        raise Stopped(f"flashedu bench show: {error}") from None
+    _print(show.tables(found))
+    if png:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        try:
+            written = show.save(show.figures(found), Path(png))
+        except OSError as error:
+            raise Stopped(f"flashedu bench show: --png {png}: {error.strerror}") from None
+        _write("".join(f"{path}\n" for path in written) or "This record has no figure.\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr; a line for each case where nobody watches."""
+    if not (sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda number, total, what: print(
+            f"[{number + 1}/{total}] {what}", file=sys.stderr, flush=True
+        )
+        return
+    from rich.progress import Progress
+
+    with Progress(console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda number, total, what: bar.update(
+            task, completed=number, total=total, description=what
+        )
 
 
 # the reports
@@ -474,10 +679,12 @@ def _one_line(error: Any, args: list[str]) -> str:
     if ctx:
         command, params = ctx.command_path, ctx.command.params
     else:  # the parser found it, and does not say for which command
-        sub = root.commands.get(args[0]) if args else None  # type: ignore[attr-defined]
-        command, params = ("flashedu", root.params) if sub is None else (
-            f"flashedu {args[0]}", sub.params
-        )  # fmt: skip
+        command, sub = "flashedu", root
+        for name in args:
+            if name not in getattr(sub, "commands", {}):
+                break
+            command, sub = f"{command} {name}", sub.commands[name]  # type: ignore[attr-defined]
+        params = sub.params
     kind = type(error).__name__
     if kind == "NoSuchOption":
         options = [name for param in params for name in (*param.opts, "--help")]

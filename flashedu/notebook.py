@@ -6,10 +6,13 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from IPython.display import Markdown
+
+from flashedu.bench.record import RESULTS, label
+
+__all__ = ["label", "record", "source", "table"]
 
 
 def source(function: Callable[..., Any]) -> Markdown:
@@ -30,21 +33,14 @@ def record(name: str) -> dict[str, Any]:
     """What was measured once, as recorded in benchmarks/results/ of the checkout.
 
     Raises FileNotFoundError, listing the records, if there is none of that name.
+    For the records of `flashedu bench` see `flashedu.bench.record`.
     """
-    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-    path = folder / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     if not path.exists():
-        known = ", ".join(sorted(other.stem for other in folder.glob("*.json"))) or "none"
+        known = ", ".join(sorted(other.stem for other in RESULTS.glob("*.json"))) or "none"
         raise FileNotFoundError(f"name must be one of the records ({known}), got {name!r}")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def label(recorded: Mapping[str, Any]) -> str:
-    """Where and when a record was taken, in a line."""
-    return "recorded {date} on an {card}, torch {torch}, CUDA {cuda}, driver {driver}".format_map(
-        recorded
-    )
 
 
 def _cell(value: Any) -> str:

@@ -11,7 +11,7 @@ exactly 1; exp(s − lse) is 1 only to within the rounding of s and lse, which g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,65 @@ def plain(q: Any, k: Any, v: Any, do: Any = None, *, causal: bool, scale: float)
     return Reference(o.detach(), lse.detach(), dq, dk, dv)
 
 
+class Truth(NamedTuple):
+    """What every result must be, in float64, and by how much it may differ from that."""
+
+    exact: Mapping[str, torch.Tensor]
+    budget: Mapping[str, float]
+
+    def errors(self, got: Mapping[str, Any]) -> dict[str, Error]:
+        """The error and the budget of each result in `got` that is not None."""
+        return {
+            name: Error(_distance(result, self.exact[name]), self.budget[name])
+            for name, result in got.items()
+            if result is not None
+        }
+
+
+def truth(
+    q: Any,
+    k: Any,
+    v: Any,
+    do: Any = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    rows: int | None = None,
+) -> Truth:
+    """The exact results and their budgets; gradients if `do` is given.
+
+    `rows`: queries at a time, so that memory grows with rows · Nk; None takes all at once. What the
+    rows give to dk and dv is added up in float32 or more.
+    """
+    q, k, v = (torch.as_tensor(x).detach() for x in (q, k, v))
+    (Nq, D), Nk = q.shape[2:], k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    parts = []
+    for start in range(0, max(1, Nq), rows or max(1, Nq)):
+        queries = slice(start, min(Nq, start + (rows or Nq)))
+        keys = slice(0, max(0, queries.stop + Nk - Nq) if causal else Nk)
+        part = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        do_part = None if do is None else torch.as_tensor(do).detach()[:, :, queries]
+        exact = reference.attention(*part, do_part, causal=causal, scale=scale)
+        usual = plain(*part, do_part, causal=causal, scale=scale)
+        if _acc(q.dtype) != q.dtype:  # lse is float32 although q is not
+            single = (x.float() for x in part)
+            usual = usual._replace(lse=plain(*single, causal=causal, scale=scale).lse)
+        behind = _terms(exact, *part, do_part, causal=causal, scale=scale)
+        parts.append((_present(exact), _present(usual), behind))
+    wanted, found, terms = (_joined(each, Nk) for each in zip(*parts, strict=True))
+
+    budget = {}
+    for name, want in wanted.items():
+        acc_eps = torch.finfo(_acc(q.dtype)).eps
+        eps = acc_eps if name == "lse" else torch.finfo(q.dtype).eps
+        size = _largest(want[want.isfinite()].abs())
+        floor = ROUNDINGS * (eps * size + acc_eps * _largest(terms[name]))
+        in_dtype = found[name] if name == "lse" else found[name].to(q.dtype)
+        budget[name] = 2 * _distance(in_dtype, want) + floor
+    return Truth(wanted, budget)
+
+
 def errors(
     got: Reference,
     q: Any,
@@ -67,26 +126,7 @@ def errors(
 
     `got` holds NumPy arrays or torch tensors under the names of `Reference`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact = reference.attention(q, k, v, do, causal=causal, scale=scale)
-    usual = plain(q, k, v, do, causal=causal, scale=scale)
-    behind = _terms(exact, q, k, v, do, causal=causal, scale=scale)
-    dtype = usual.o.dtype
-    found = {}
-    for name, result in got._asdict().items():
-        if result is None:
-            continue
-        want = getattr(exact, name)
-        eps = torch.finfo(_acc(dtype) if name == "lse" else dtype).eps
-        if name == "lse" and _acc(dtype) != dtype:  # lse is float32 although q is not
-            single = (torch.as_tensor(x).float() for x in (q, k, v))
-            usual_error = _distance(plain(*single, causal=causal, scale=scale).lse, want)
-        else:
-            usual_error = _distance(getattr(usual, name), want)
-        size = _largest(want[want.isfinite()].abs())
-        floor = ROUNDINGS * (eps * size + torch.finfo(_acc(dtype)).eps * _largest(behind[name]))
-        found[name] = Error(_distance(result, want), 2 * usual_error + floor)
-    return found
+    return truth(q, k, v, do, causal=causal, scale=scale).errors(got._asdict())
 
 
 def assert_right(got: Reference, q: Any, k: Any, v: Any, do: Any = None, **options: Any) -> None:
@@ -176,6 +216,25 @@ def _terms(
     return terms
 
 
+def _present(results: Reference) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in results._asdict().items() if x is not None}
+
+
+def _joined(parts: Sequence[Mapping[str, torch.Tensor]], Nk: int) -> dict[str, torch.Tensor]:
+    """What some rows gave, put together: dk and dv are sums over rows, the others are rows."""
+    joined = {}
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        if name in ("dk", "dv"):
+            whole = pieces[0].new_zeros((*pieces[0].shape[:2], Nk, pieces[0].shape[3]))
+            joined[name] = whole.to(_acc(whole.dtype))
+            for piece in pieces:
+                joined[name][:, :, : piece.shape[2]] += piece
+        else:
+            joined[name] = torch.cat(pieces, 2)
+    return joined
+
+
 def _largest(x: torch.Tensor) -> float:
     return x.max().item() if x.numel() else 0.0
 
@@ -193,4 +252,4 @@ def _distance(got: Any, want: torch.Tensor) -> float:
     return _largest(difference)
 
 
-__all__ = ["Error", "assert_right", "draw", "errors", "plain", "saved_bytes"]
+__all__ = ["Error", "Truth", "assert_right", "draw", "errors", "plain", "saved_bytes", "truth"]

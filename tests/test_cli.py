@@ -223,9 +223,19 @@ BAD_OPTIONS = {
     "ladder --gpu": "flashedu ladder: --gpu needs a value, as in --gpu h200",
     "ladder --causal=yes": "flashedu ladder: --causal takes no value",
     "laddr": "flashedu: no command 'laddr'; did you mean ladder?",
-    "zzz": "flashedu: no command 'zzz'; the commands are ladder, doctor",
+    "zzz": "flashedu: no command 'zzz'; the commands are ladder, doctor, bench",
     "--verzion": "flashedu: no option --verzion; did you mean --version?",
     "doctor --jsn": "flashedu doctor: no option --jsn; did you mean --json?",
+    "bench --d 64,x": "flashedu bench: --d must be an integer from 1 to 256, got 'x'",
+    "bench --sections fast": "flashedu bench: --sections must be one of speed, flash1, memory, "
+    "standard, short, got 'fast'",
+    "bench --rounds 0": "flashedu bench: --rounds must be an integer from 1 to 1000000000, got '0'",
+    "bench --dtype float64": "flashedu bench: --dtype must be one of bfloat16, float16, float32, "
+    "got 'float64'",
+    "bench --peer flex": "flashedu bench: no option --peer; did you mean --peers?",
+    "bench shw": "flashedu bench: no command 'shw'; did you mean show?",
+    "bench show --pgn x": "flashedu bench show: no option --pgn; did you mean --png?",
+    "bench tune --rounds": "flashedu bench tune: --rounds needs a value, as in --rounds 10",
 }  # fmt: skip
 
 

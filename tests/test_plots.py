@@ -11,10 +11,12 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from flashedu import plots
+from flashedu.bench.cases import PEERS
 from flashedu.memory import GPUS, Machine, Problem, gpu
 from flashedu.plots import style
 from flashedu.stages import LADDER, naive, tiled
 from flashedu.testing import draw
+from tests import pretend
 
 P = Problem(Nq=12, Nk=10, D=4, causal=True, block_q=4, block_k=3)
 
@@ -137,3 +139,78 @@ def test_tensors_that_stand_side_by_side_differ_in_greyscale():
 )
 def test_a_tile_and_a_gradient_have_the_colour_of_their_tensor(name, tensor):
     assert style.colour_of(name) == style.TENSOR[tensor]
+
+
+# recorded speed
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return pretend.record()
+
+
+def test_the_speed_figure_has_a_line_for_each_peer_and_its_numbers(recorded):
+    fig = plots.speed(recorded, 128, "title")
+    assert len(fig.axes) == 4  # forward and backward, full and causal
+    for ax, (name, causal) in zip(
+        fig.axes, itertools.product(("fwd", "bwd"), (False, True)), strict=True
+    ):
+        want = {
+            tuple(
+                run["tflops"]
+                for case in recorded.cases("speed", D=128, causal=causal, **{"pass": name})
+                for run in case["runs"]
+                if run["peer"] == peer and run["tflops"] is not None
+            )
+            for peer in style.PEER
+        } - {()}
+        assert {tuple(c.lines[0].get_ydata()) for c in ax.containers} == want
+
+
+def test_bars_on_the_speed_figure_reach_over_the_spread(recorded):
+    fig = plots.speed(recorded, 64, "title")
+    (case,) = recorded.cases("speed", D=64, causal=False, N=512, **{"pass": "fwd"})
+    (run,) = (run for run in case["runs"] if run["peer"] == "flash2")
+    (drawn,) = (c for c in fig.axes[0].containers if c.get_label() == "flash2")
+    low, high = drawn.lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx(
+        [case["flops"] / run[end] / 1e12 for end in ("p90_s", "p10_s")]
+    )
+
+
+def test_the_speedup_over_flash1_is_drawn_against_heads_beside_the_sms(recorded):
+    (ax,) = plots.speedup_against_heads(recorded, "title").axes
+    assert [c.get_label() for c in ax.containers] == [
+        "N 2,048, full", "N 16,384, full", "N 2,048, causal", "N 16,384, causal",
+    ]  # fmt: skip
+    ratios = [
+        case["runs"][0]["times_as_fast_as"]["flash1"][0]
+        for case in recorded.cases("flash1", N=2048, causal=False)
+    ]
+    drawn = ax.containers[0].lines[0]
+    assert list(drawn.get_xdata()) == [2**i for i in range(10)]
+    assert list(drawn.get_ydata()) == ratios
+    assert "132 SMs " in texts(ax.figure)
+
+
+def test_a_line_of_memory_ends_where_memory_did(recorded):
+    (ax,) = plots.memory(recorded, "title").axes
+    lines = {c.get_label(): c.lines[0] for c in ax.containers}
+    assert list(lines) == ["flash2", "SDPA flash", "standard"]
+    fits = [
+        run["extra_bytes"]
+        for case in recorded.cases("memory")
+        for run in case["runs"]
+        if run["peer"] == "standard" and run["why"] is None
+    ]
+    assert 2 < len(fits) < 8
+    assert list(lines["standard"].get_ydata()) == fits
+    assert len(lines["flash2"].get_ydata()) == 8
+
+
+def test_every_peer_has_a_grey_a_marker_and_a_line_of_its_own():
+    assert set(style.PEER) == set(PEERS)
+    assert len(set(style.PEER.values())) == len({m for _, m, _ in style.PEER.values()})
+    assert len({(grey, dashes) for grey, _, dashes in style.PEER.values()}) == len(PEERS)
+    greys = sorted({luminance(grey) for grey, _, _ in style.PEER.values()})
+    assert all(b - a > 0.05 for a, b in itertools.pairwise(greys))

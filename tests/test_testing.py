@@ -11,7 +11,7 @@ import torch
 from flashedu.memory import Problem
 from flashedu.stages import reference
 from flashedu.stages.reference import Reference
-from flashedu.testing import assert_right, draw, errors, plain
+from flashedu.testing import assert_right, draw, errors, plain, truth
 from tests.contract import BLIND, FAMILIES, GQA, PRIMES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -102,3 +102,15 @@ def test_what_cannot_be_drawn_gets_a_sentence() -> None:
 def test_an_unknown_framework_gets_a_sentence() -> None:
     with pytest.raises(ValueError, match="framework must be numpy or torch, got 'jax'"):
         draw(Problem(Nq=2, D=2), framework="jax")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_truth_by_some_rows_at_a_time_is_the_truth(dtype: str, causal: bool) -> None:
+    for p in (PRIMES, GQA, BLIND):
+        inputs = draw(p.replace(dtype=dtype), framework="torch")
+        whole = truth(*inputs, causal=causal)
+        parts = truth(*inputs, causal=causal, rows=4)
+        for name, want in whole.exact.items():
+            torch.testing.assert_close(parts.exact[name], want, rtol=1e-12, atol=1e-12)
+            assert parts.budget[name] == pytest.approx(whole.budget[name], rel=0.5)

@@ -9,6 +9,7 @@ from flashedu.plots.numerics import (
     running_sums,
     two_answers,
 )
+from flashedu.plots.speed import memory, speed, speedup_against_heads
 from flashedu.plots.tiles import running_state, visits
 from flashedu.plots.traffic import bars, memory_against_n, traffic, traffic_against_sram
 
@@ -18,11 +19,14 @@ __all__ = [
     "bit_layout",
     "error_against_n",
     "hierarchy",
+    "memory",
     "memory_against_n",
     "orders",
     "roofline",
     "running_state",
     "running_sums",
+    "speed",
+    "speedup_against_heads",
     "sram_occupancy",
     "traffic",
     "traffic_against_sram",

@@ -39,6 +39,18 @@ STAGE = {
 }
 STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^"}
 
+# What `flashedu bench` times: grey, marker, line. Ours are black.
+PEER = {
+    "flash2": ("#111111", "D", "-"),
+    "flash1": ("#111111", "s", "--"),
+    "sdpa-cudnn": ("#5A5A5A", "^", "-"),
+    "sdpa-flash": ("#5A5A5A", "o", "--"),
+    "flex": ("#8C8C8C", "P", "-"),
+    "sdpa-efficient": ("#8C8C8C", "v", "--"),
+    "sdpa-math": ("#B4B4B4", "*", "--"),
+    "standard": ("#B4B4B4", "X", "-"),
+}
+
 _RC = {
     "figure.dpi": 110,
     "savefig.dpi": 110,

@@ -1,0 +1,220 @@
+"""Tables of a record, for a terminal, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from flashedu.bench.cases import MASKS, PASSES, PEERS
+from flashedu.bench.record import Record
+from flashedu.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+Case = dict[str, Any]
+Run = dict[str, Any]
+
+
+def tables(record: Record) -> Iterator[RenderableType]:
+    """All of a record: where it is from, then a table for each section, size and pass."""
+    data = record.data
+    yield Text(record.label[:1].upper() + record.label[1:], "bold")
+    yield Text("\n".join(_provenance(record)), "dim")
+    if data["kind"] == "tiles":
+        yield from _tiles(record)
+        return
+    fwd_bwd = ("D", "causal", "pass")
+    yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
+    yield from _section(record, "flash1", ("causal", "N"), {"B·H": _heads}, _rate, ("flash1",))
+    yield from _section(record, "memory", (), {"N": _n}, _memory, ("standard",))
+    yield from _section(record, "standard", ("pass", "causal"), {"D": _d, "N": _n}, _rate,
+                        ("standard", "sdpa-flash"))  # fmt: skip
+    yield from _section(record, "short", fwd_bwd, {"N": _n, "by": _mode}, _time, ("sdpa-flash",))
+    used = [
+        error / budget
+        for case in data["cases"]
+        for run in case["runs"]
+        for error, budget in run["errors"].values()
+        if run["why"] is None and budget
+    ]
+    if used:
+        yield Text(
+            f"\nBefore it was timed, each result was checked against float64: at most "
+            f"{max(used):.0%} of its error budget was used. Speeds are medians. The last columns "
+            f"are flash2's speed over the other's, taken within each round: the median ± half of "
+            f"what lies between the 10th and the 90th percentile. For memory, the other's over "
+            f"flash2's."
+        )
+
+
+def figures(record: Record) -> dict[str, Figure]:
+    """Name → figure, of the sections that the record has."""
+    from flashedu import plots
+
+    found = {}
+    for d in sorted({case["D"] for case in record.cases("speed")}):
+        (dtype,) = {case["dtype"] for case in record.cases("speed", D=d)}
+        title = f"Attention at head size {d}, {dtype}"
+        found[f"speed_d{d}"] = plots.speed(record, d, title)
+    if record.cases("flash1"):
+        title = "flash2 beside flash1, forward, D 64"
+        found["flash1"] = plots.speedup_against_heads(record, title)
+    if record.cases("memory"):
+        title = "Memory of forward and backward, batch 16, 8 heads, D 64"
+        found["memory"] = plots.memory(record, title)
+    return found
+
+
+def save(figures: dict[str, Figure], path: Path) -> list[Path]:
+    """Write them: one to `path`, several beside it with their names added."""
+    written = []
+    for name, figure in figures.items():
+        target = path if len(figures) == 1 else path.with_stem(f"{path.stem}_{name}")
+        figure.savefig(target, format="png")
+        written.append(target)
+    return written
+
+
+def _provenance(record: Record) -> Iterator[str]:
+    data = record.data
+    dirty = ", with changes that were not committed" if data.get("uncommitted_changes") else ""
+    yield f"{record.path.name}, commit {(data.get('commit') or 'unknown')[:12]}{dirty}"
+    for when in ("before", "after"):
+        if state := data.get(when):
+            yield f"{when}: {', '.join(f'{name} {value}' for name, value in state.items())}"
+    if data["quick"]:
+        yield "A quick run: its numbers mean nothing."
+    if len(data["cases"]) < data["planned"]:
+        yield f"It ended early, after {len(data['cases'])} of {data['planned']} cases."
+
+
+def _section(
+    record: Record,
+    section: str,
+    apart: Sequence[str],
+    heads: dict[str, Callable[[Case], str]],
+    cell: Callable[[Run], str],
+    beside: Sequence[str],
+) -> Iterator[RenderableType]:
+    """A table for each value of `apart`; a row for each case, a column for each peer.
+
+    The last columns set flash2 beside some of them: how many times as fast, or how much less.
+    """
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in record.cases(section):
+        groups.setdefault(tuple(case[name] for name in apart), []).append(case)
+    for values, cases in groups.items():
+        peers = list(dict.fromkeys(run["peer"] for case in cases for run in case["runs"]))
+        compared = [peer for peer in beside if peer in peers and "flash2" in peers]
+        what = [_WORDS[name](value) for name, value in zip(apart, values, strict=True)]
+        yield Text(f"\n{section}: {', '.join([_UNIT[cell], cases[0]['dtype'], *what])}", "bold")
+        table = _table()
+        names = [PEERS[peer] for peer in peers] + [f"to {PEERS[peer]}" for peer in compared]
+        for head in (*heads, *names):
+            table.add_column("\n".join(head.split()), justify="right", no_wrap=True)
+        for case in cases:
+            runs = {run["peer"]: run for run in case["runs"]}
+            table.add_row(
+                *(head(case) for head in heads.values()),
+                *(cell(runs[peer]) if peer in runs else "" for peer in peers),
+                *(_ratio(cell, runs, peer) for peer in compared),
+            )
+        yield table
+        for case in cases:
+            for run in case["runs"]:
+                if run["why"]:
+                    where = ", ".join(f"{name} {head(case)}" for name, head in heads.items())
+                    yield Text(f"{PEERS[run['peer']]} at {where}: {run['why']}")
+
+
+def _tiles(record: Record) -> Iterator[RenderableType]:
+    table = _table()
+    for head in ("kernel", "D", "N", "mask", "best tile", "time", "second best", "slower by"):
+        table.add_column(head, justify="left" if head in ("kernel", "mask") else "right")
+    for case in record.data["cases"]:
+        timed = [run for run in case["runs"] if run["median_s"] is not None]
+        order = sorted(timed, key=lambda run: run["median_s"])[:2]
+        cells = [str(tuple(run["tile"])) for run in order]
+        gap = f"{order[1]['median_s'] / order[0]['median_s'] - 1:.1%}" if len(order) > 1 else ""
+        table.add_row(
+            case["section"], str(case["D"]), str(case["N"]), MASKS[case["causal"]],
+            cells[0] if cells else "none", _time(order[0]) if order else "",
+            cells[1] if len(cells) > 1 else "", gap,
+        )  # fmt: skip
+    yield table
+    yield Text(
+        "dkdv and dq: the time of the whole backward. For flashedu/stages/flash2_tiles.py, by "
+        "capability, columns of a tile, bytes of a value, causal and N:"
+    )
+    capability = tuple(record.data["compute_capability"])
+    kernels: dict[tuple[Any, ...], list[Case]] = {}
+    for case in record.data["cases"]:
+        key = (capability, case["columns"], case["item_bytes"], case["causal"], case["N"])
+        kernels.setdefault(key, []).append(case)
+    for key, cases in kernels.items():
+        if len(cases) == 3 and all(case["best"] for case in cases):
+            tiles = ", ".join(f"Tile{tuple(case['best'])}" for case in cases)
+            yield Text(f"{key}: Tiles({tiles}),")
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
+
+
+def _ratio(cell: Callable[[Run], str], runs: dict[str, Run], peer: str) -> str:
+    ours, theirs = runs["flash2"], runs[peer]
+    if cell is _memory:
+        both = ours["extra_bytes"] and theirs["extra_bytes"]
+        return f"{theirs['extra_bytes'] / ours['extra_bytes']:.1f}" if both else "-"
+    if peer not in ours["times_as_fast_as"]:
+        return "-"
+    middle, low, high = ours["times_as_fast_as"][peer]
+    return f"{middle:.2f} ±{(high - low) / 2:.2f}"
+
+
+def _rate(run: Run) -> str:
+    return "-" if run["tflops"] is None else f"{run['tflops']:.3g}"
+
+
+def _time(run: Run) -> str:
+    return "-" if run["median_s"] is None else human_seconds(run["median_s"])
+
+
+def _memory(run: Run) -> str:
+    return "-" if run["extra_bytes"] is None else human_bytes(run["extra_bytes"])
+
+
+def _n(case: Case) -> str:
+    return str(case["N"])
+
+
+def _d(case: Case) -> str:
+    return str(case["D"])
+
+
+def _heads(case: Case) -> str:
+    return str(case["B"] * case["H"])
+
+
+def _mode(case: Case) -> str:
+    return "call" if case["mode"] == "direct" else str(case["mode"])
+
+
+_UNIT: dict[Callable[[Run], str], str] = {
+    _rate: "TFLOP/s",
+    _time: "time",
+    _memory: "peak memory beyond inputs",
+}
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "D": lambda d: f"D {d}",
+    "N": lambda n: f"N {n}",
+    "causal": lambda causal: MASKS[causal],
+    "pass": lambda name: PASSES[name],
+}

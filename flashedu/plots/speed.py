@@ -1,0 +1,161 @@
+"""Figures of recorded speed and memory: our kernels beside PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flashedu.bench.cases import MASKS, PASSES, PEERS
+from flashedu.plots.style import FAINT, INK, PEER, styled
+from flashedu.units import human_bytes
+
+if TYPE_CHECKING:
+    from flashedu.bench.record import Record
+
+
+def speed(record: Record, D: int, title: str) -> Figure:
+    """TFLOP/s against N at one head size: a panel for each pass and mask, a line for each peer.
+
+    Bars on the points reach from the 10th to the 90th percentile of the rounds.
+    """
+    cases = record.cases("speed", D=D)
+    passes = [name for name in PASSES if any(case["pass"] == name for case in cases)]
+    masks = sorted({case["causal"] for case in cases})
+    with styled():
+        fig, axes = plt.subplots(
+            len(passes), len(masks), figsize=(9.2, 0.9 + 2.8 * len(passes)),
+            sharex=True, sharey="row", squeeze=False,
+        )  # fmt: skip
+        for row, name in zip(axes, passes, strict=True):
+            for ax, causal in zip(row, masks, strict=True):
+                panel = [c for c in cases if c["pass"] == name and c["causal"] == causal]
+                for peer, points in _by_peer(panel, "tflops").items():
+                    middle = [run["tflops"] for _, run in points]
+                    off = [[abs(run["tflops"] * (run["median_s"] / run[end] - 1))
+                            for _, run in points] for end in ("p90_s", "p10_s")]  # fmt: skip
+                    ns = [case["N"] for case, _ in points]
+                    _line(ax, peer, ns, middle, yerr=off)
+                ax.set_title(f"{PASSES[name]}, {MASKS[causal]}", fontsize=10.5, fontweight="normal")
+                ax.set_ylim(bottom=0)
+            row[0].set_ylabel("TFLOP/s")
+        _n_axis(axes[-1], {case["N"] for case in cases})
+        _legend(fig, axes.flat)
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        _source(fig, record)
+    return fig
+
+
+def speedup_against_heads(record: Record, title: str) -> Figure:
+    """How many times as fast as flash1 flash2 is, forward, against B·H: a line for each N and mask.
+
+    The number of SMs is marked: from there on flash1 has a program for each.
+    """
+    cases = record.cases("flash1")
+    kinds = sorted({(case["causal"], case["N"]) for case in cases})
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 4))
+        looks = zip(kinds, ("#8C8C8C", INK) * 2, ("o", "D", "^", "s"), strict=False)
+        for (causal, n), grey, marker in looks:
+            points = [
+                (case["B"] * case["H"], run["times_as_fast_as"]["flash1"])
+                for case in cases
+                if (case["causal"], case["N"]) == (causal, n)
+                for run in case["runs"]
+                if run["peer"] == "flash2" and "flash1" in run["times_as_fast_as"]
+            ]
+            heads, ratios = [h for h, _ in points], [ratio for _, ratio in points]
+            off = [[m - low for m, low, _ in ratios], [high - m for m, _, high in ratios]]
+            ax.errorbar(heads, [ratio[0] for ratio in ratios], yerr=off, color=grey, marker=marker,
+                        linestyle="--" if causal else "-", capsize=2,
+                        label=f"N {n:,}, {MASKS[causal]}")  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        heads = sorted({case["B"] * case["H"] for case in cases})
+        ax.set_xticks(heads, [str(h) for h in heads])
+        ticks = [2.0**e for e in range(-2, 10) if ax.get_ylim()[0] / 2 < 2.0**e < ax.get_ylim()[1]]
+        ax.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        ax.minorticks_off()
+        ax.axhline(1, color=FAINT, zorder=0)
+        sms = record.data["sm_count"]
+        ax.axvline(sms, color=INK, linewidth=0.9, linestyle=":")
+        ax.text(sms, 1, f"{sms} SMs ", rotation=90, va="top", ha="right", fontsize=9,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+        ax.set_xlabel("heads in all, B·H: as many programs as flash1 has")
+        ax.set_ylabel("speed of flash2 over flash1")
+        ax.legend()
+        ax.set_title(title)
+        _source(fig, record)
+    return fig
+
+
+def memory(record: Record, title: str) -> Figure:
+    """Peak memory of forward and backward beyond the inputs against N, log-log.
+
+    A line that ends early ran out of memory.
+    """
+    cases = record.cases("memory")
+    with styled():
+        fig, ax = plt.subplots(figsize=(8, 4))
+        for peer, points in _by_peer(cases, "extra_bytes").items():
+            ns = [case["N"] for case, _ in points]
+            _line(ax, peer, ns, [run["extra_bytes"] for _, run in points])
+        ax.set_yscale("log", base=2)
+        if total := record.data.get("memory_bytes"):
+            ax.axhline(total, color=INK, linewidth=0.9, linestyle=":")
+            text = f"all the memory of the {record.data['card']}"
+            ax.text(1, total, text, va="bottom", ha="right", fontsize=9,
+                    transform=ax.get_yaxis_transform())  # fmt: skip
+        low, high = ax.get_ylim()
+        ticks = [2.0**e for e in range(20, 60, 2) if low <= 2.0**e <= high]
+        ax.set_yticks(ticks, [human_bytes(tick) for tick in ticks])
+        _n_axis([ax], {case["N"] for case in cases})
+        ax.set_ylabel("peak memory beyond inputs")
+        ax.legend(loc="lower right")
+        ax.set_title(title)
+        _source(fig, record)
+    return fig
+
+
+def _source(fig: Figure, record: Record) -> None:
+    fig.supxlabel(record.label, x=0.01, ha="left", fontsize=8.5)
+
+
+def _by_peer(
+    cases: Iterable[Mapping[str, Any]], value: str
+) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    """peer → its (case, run) that have the value, by N, in the order of the styles."""
+    found: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {p: [] for p in PEER}
+    for case in sorted(cases, key=lambda case: case["N"]):
+        for run in case["runs"]:
+            if run[value] is not None:
+                found[run["peer"]].append((case, run))
+    return {peer: points for peer, points in found.items() if points}
+
+
+def _line(ax: Axes, peer: str, x: list[int], y: list[float], yerr: Any = None) -> None:
+    grey, marker, dashes = PEER[peer]
+    ax.errorbar(x, y, yerr=yerr, color=grey, marker=marker, linestyle=dashes, capsize=2,
+                label=PEERS[peer])  # fmt: skip
+
+
+def _n_axis(axes: Iterable[Axes], sizes: Iterable[int]) -> None:
+    ns = sorted(sizes)
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ns, [f"{n:,}" for n in ns])
+        ax.minorticks_off()
+        ax.set_xlabel("sequence length N")
+
+
+def _legend(fig: Figure, axes: Iterable[Axes]) -> None:
+    """One for all panels, at the side."""
+    handles = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(handles.values(), handles.keys(), loc="outside right center")
