@@ -1,0 +1,1 @@
+"""Speed and resources: measured on a card, or compiled for one, and recorded."""
