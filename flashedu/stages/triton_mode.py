@@ -2,6 +2,9 @@
 
 Triton decides when it is imported: its own functions are kernels too. So the choice is made here,
 before the first import, and every stage with kernels imports this module first.
+
+TRITON_INTERPRET=0 on a machine without a GPU: kernels are compiled for another machine's card, and
+cannot run (see flashedu.bench.compiled).
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ from unittest import mock
 
 import torch
 
-if "triton" not in sys.modules and not torch.cuda.is_available():
+if (
+    "triton" in sys.modules
+    or torch.cuda.is_available()
+    or os.environ.get("TRITON_INTERPRET") == "0"
+):
+    import triton.language as tl
+else:
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         import triton.language as tl
-else:
-    import triton.language as tl
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,7 +34,10 @@ INTERPRETED = isinstance(tl.zeros, InterpretedFunction)
 if INTERPRETED:
     knobs.runtime.interpret = True  # for the kernels that are defined from here on
 
-if not INTERPRETED and not torch.cuda.is_available():
+COMPILE_ONLY = (
+    not INTERPRETED and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
+)
+if not (INTERPRETED or torch.cuda.is_available() or COMPILE_ONLY):
     raise ImportError(
         "Triton was imported before flashedu could choose its interpreter, and there is no GPU to "
         "compile for: import flashedu first, or set TRITON_INTERPRET=1 before Python starts"
@@ -51,7 +61,15 @@ def capability(x: torch.Tensor) -> tuple[int, int] | None:
 
 
 def check(stage: str, q: torch.Tensor, machine: Any) -> None:
-    """Raise ValueError, with a sentence, if kernels cannot reach q, or `machine` cannot count."""
+    """Raise ValueError, with a sentence, if kernels cannot reach q, or `machine` cannot count.
+
+    RuntimeError if they can only be compiled here.
+    """
+    if COMPILE_ONLY:
+        raise RuntimeError(
+            f"stage '{stage}' cannot run: TRITON_INTERPRET=0 only compiles kernels where there is "
+            "no GPU; unset it to interpret them on the CPU"
+        )
     wanted = "cpu" if INTERPRETED else "cuda"
     if q.device.type != wanted:
         how = (

@@ -1,0 +1,370 @@
+"""What each kernel takes of a card, found by compiling it, on a machine that may have no GPU.
+
+    python -m flashedu.bench.compiled [--gpu h200]    the kernels for this card, as a table
+    python -m flashedu.bench.compiled --write         for all cards, as JSON in benchmarks/results/
+
+A stage launches its kernels as ever, on arrays without memory (torch's "meta" device). Triton's
+hook takes each launch before it happens, with its arguments, alignments and tile, and the kernel is
+compiled for the card in question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flashedu.memory import GPU, UNCOUNTED, Problem, gpu
+from flashedu.memory.problem import ITEM_BYTES
+from flashedu.units import human_bytes
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+Capability = tuple[int, int]
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+HEAD_SIZES = (16, 32, 64, 128, 256)
+DTYPES = ("float16", "float32")  # bfloat16 takes what float16 takes
+LENGTHS = (1024, 4096, 16384)
+
+# Of an SM. CUDA C++ Programming Guide, Technical Specifications per Compute Capability.
+REGISTERS = 64 * 2**10
+THREADS = {(7, 5): 1024, (8, 0): 2048, (8, 9): 1536, (9, 0): 2048, (10, 0): 2048}
+
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # the newest first
+
+
+@dataclass(frozen=True)
+class Case:
+    """All kernels of one stage, on a card of this compute capability."""
+
+    stage: str
+    capability: Capability
+    D: int
+    dtype: str
+    causal: bool
+    N: int  # queries, and keys
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes."""
+
+    case: Case
+    kernel: str
+    block_q: int
+    block_k: int | None  # None: the kernel knows no keys
+    warps: int
+    stages: int
+    registers: int  # of each thread, at most 255
+    spilled_bytes: int  # of each thread: what found no register
+    sram_bytes: int  # shared memory of a program
+    matrix_instruction: str | None  # None: no matrix unit is used
+
+    @property
+    def threads(self) -> int:
+        """Threads of a program."""
+        return 32 * self.warps
+
+    def programs_per_sm(self, card: GPU) -> int:
+        """How many run on an SM at a time: by registers, shared memory and threads."""
+        registers = -(-self.registers // 8) * 8  # the card gives them by eights
+        reserved = card.sram_bytes_per_sm - card.sram_bytes_per_program  # for each program
+        return min(
+            REGISTERS // (registers * self.threads),
+            card.sram_bytes_per_sm // max(1, self.sram_bytes + reserved),
+            THREADS[card.compute_capability] // self.threads,
+        )
+
+
+def cases(
+    capabilities: Iterable[Capability] = CAPABILITIES,
+    head_sizes: Iterable[int] = HEAD_SIZES,
+    dtypes: Iterable[str] = DTYPES,
+    masks: Iterable[bool] = (False, True),
+) -> Iterator[Case]:
+    """One case for each stage and combination; a longer N only if it has tiles of its own."""
+    from flashedu.stages.flash2_tiles import tiles_for
+
+    for stage in LAUNCHES:
+        for capability in capabilities:
+            for D in head_sizes:
+                for dtype in dtypes:
+                    for causal in masks:
+                        item = ITEM_BYTES[dtype]
+                        shortest = {
+                            tiles_for(capability, D, item, causal=causal, N=N): N
+                            for N in reversed(LENGTHS)
+                        }
+                        for N in sorted(shortest.values()):
+                            yield Case(stage, capability, D, dtype, causal, N)
+
+
+def compile_all(wanted: Sequence[Case], *, threads: int = 2) -> list[Compiled]:
+    """Compile every kernel of the cases, in a process of its own, which does not interpret.
+
+    Raises RuntimeError, with the compiler's last line, if a kernel does not compile.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "flashedu.bench.compiled", "--worker", str(threads)],
+        input=json.dumps([asdict(case) for case in wanted]),
+        capture_output=True, text=True, check=False,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
+    )  # fmt: skip
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"the kernels did not compile: {why}")
+    return [_from_row(row) for row in json.loads(done.stdout)]
+
+
+def from_record(record: Mapping[str, Any]) -> list[Compiled]:
+    """The kernels of a record, as `flashedu.notebook.record("compiled_triton3.7.1")` reads it."""
+    return [_from_row(row) for row in record["rows"]]
+
+
+def table(kernels: Iterable[Compiled], card: GPU) -> list[dict[str, Any]]:
+    """The SRAM budget: a row for each kernel that was compiled for `card`.
+
+    Registers and spilled bytes are those of a thread, shared memory that of a program; programs is
+    how many run on an SM at a time. N from: this row holds up to the N of the next of its kind.
+    """
+    rows: list[dict[str, Any]] = []
+    for found in kernels:
+        if found.case.capability != card.compute_capability:
+            continue
+        row = {
+            "kernel": f"{found.case.stage} {found.kernel.removesuffix('_kernel')}",
+            "D": found.case.D,
+            "dtype": found.case.dtype,
+            "causal": found.case.causal,
+            "N from": found.case.N,
+            "tile": f"{found.block_q} × {found.block_k}" if found.block_k else f"{found.block_q}",
+            "threads": found.threads,
+            "registers": found.registers,
+            "spilled": human_bytes(found.spilled_bytes),
+            "shared memory": human_bytes(found.sram_bytes),
+            "programs": found.programs_per_sm(card),
+            "matrix instruction": found.matrix_instruction or "none",
+        }
+        if all({**row, "N from": other["N from"]} != other for other in rows):
+            rows.append(row)
+    return rows
+
+
+def _row(found: Compiled) -> dict[str, Any]:
+    row = asdict(found)
+    return {**row.pop("case"), **row}
+
+
+def _from_row(row: Mapping[str, Any]) -> Compiled:
+    rest = {name: value for name, value in row.items() if name not in Case.__dataclass_fields__}
+    return Compiled(_case(row), **rest)
+
+
+def _case(row: Mapping[str, Any]) -> Case:
+    found = {field.name: row[field.name] for field in fields(Case)}
+    return Case(**{**found, "capability": tuple(found["capability"])})
+
+
+# in the process that compiles
+
+
+def _launch_flash1(q: Any, problem: Problem, tiles: Any) -> None:
+    from flashedu.stages import flash1
+
+    flash1.forward(q, q, q, problem, 1.0, UNCOUNTED, tiles.forward)
+
+
+def _launch_flash2(q: Any, problem: Problem, tiles: Any) -> None:
+    from flashedu.stages import flash2
+
+    o, lse = flash2.forward(q, q, q, problem, 1.0, UNCOUNTED, tiles.forward)
+    flash2.backward(o, None, q, q, q, o, lse, problem, 1.0, UNCOUNTED, tiles)
+
+
+# stage → what launches all its kernels; q is also k and v
+LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
+    "flash1": _launch_flash1,
+    "flash2": _launch_flash2,
+}
+
+
+class _NoCard:
+    """A driver without a card: Triton asks it what to compile for."""
+
+    def __init__(self, capability: Capability) -> None:
+        self.architecture = 10 * capability[0] + capability[1]
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps one target for each device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch that did not happen: what Triton would have compiled for it."""
+
+    case: Case
+    kernel: Any  # a JITFunction
+    signature: Mapping[str, str]
+    constants: Mapping[tuple[int, ...], Any]
+    attributes: Mapping[tuple[int, ...], Any]
+    options: Mapping[str, Any]
+
+    def constant(self, name: str) -> Any:
+        """The value of a tl.constexpr; None if the kernel has none of that name."""
+        names = self.kernel.arg_names
+        return self.constants[(names.index(name),)] if name in names else None
+
+
+def _launches(case: Case) -> list[_Launch]:
+    """Every launch of the case."""
+    import torch
+
+    from flashedu.stages.flash2_tiles import tiles_for
+
+    from triton import knobs
+    from triton.runtime import driver
+
+    taken = []
+
+    def take(*, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
+        kept = {name: options[name] for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")}
+        arguments = (compile["signature"], compile["constants"], compile["configs"][0])
+        taken.append(_Launch(case, fn.jit_function, *arguments, kept))
+        return True  # so Triton neither compiles nor launches it
+
+    driver.set_active(_NoCard(case.capability))
+    knobs.runtime.jit_cache_hook = take
+    p = Problem(Nq=case.N, D=case.D, H=16, dtype=case.dtype, causal=case.causal)
+    q = torch.empty(p.B, p.H, p.Nq, p.D, dtype=getattr(torch, p.dtype), device="meta")
+    tiles = tiles_for(case.capability, p.D, p.item_bytes, causal=p.causal, N=p.Nk)
+    LAUNCHES[case.stage](q, p, tiles)
+    return taken
+
+
+def _compile(launch: _Launch) -> Compiled:
+    import triton
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = _NoCard(launch.case.capability).get_current_target()
+    made = triton.compile(source, target=target, options=dict(launch.options))
+    registers, stack = _registers_and_stack(made.asm["cubin"])
+    return Compiled(
+        case=launch.case,
+        kernel=launch.kernel.fn.__name__,
+        block_q=launch.constant("BLOCK_Q"),
+        block_k=launch.constant("BLOCK_K"),
+        warps=made.metadata.num_warps,
+        stages=made.metadata.num_stages,
+        registers=registers,
+        spilled_bytes=stack,  # the kernels keep nothing else there
+        sram_bytes=made.metadata.shared,
+        matrix_instruction=next((i for i in MATRIX_INSTRUCTIONS if i in made.asm["ptx"]), None),
+    )
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack that a thread takes."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", told)
+    return int(registers), int(stack)
+
+
+def _work(threads: int) -> None:
+    """Cases come on stdin and kernels go to stdout, as JSON."""
+    launches = [launch for row in json.load(sys.stdin) for launch in _launches(_case(row))]
+    with ThreadPoolExecutor(threads) as pool:  # the compiler leaves Python's lock
+        json.dump([_row(found) for found in pool.map(_compile, launches)], sys.stdout)
+
+
+# the command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _write() -> Path:
+    record = {
+        "what": "kernels, compiled without a GPU",
+        "date": datetime.date.today().isoformat(),
+        **{name: version(name) for name in ("triton", "torch")},
+        "python": platform.python_version(),
+        "rows": [_row(found) for found in compile_all(list(cases()))],
+    }
+    path = RESULTS / f"compiled_triton{record['triton']}.json"
+    rows = ",\n  ".join(json.dumps(row) for row in record.pop("rows"))
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def _show(card: GPU) -> None:
+    rows = table(compile_all(list(cases([card.compute_capability], (64, 128), ("float16",)))), card)
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 for a wrong option, 1 if a kernel does not compile."""
+    parser = _Parser("python -m flashedu.bench.compiled", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", default="h200", help="the card, as `flashedu ladder --gpu`")
+    parser.add_argument("--write", action="store_true", help="record all cards")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        _work(options.worker)
+        return 0
+    try:
+        card = gpu(options.gpu)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        if options.write:
+            print(_write().relative_to(RESULTS.parents[1]))
+        else:
+            _show(card)
+    except RuntimeError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
