@@ -87,6 +87,8 @@ def main(args: list[str] | None = None) -> int:
         return _complain(str(error), 1)
     except MemoryError:
         return _complain(OUT_OF_MEMORY, 1)
+    except ImportError as error:  # such as Triton's, whose sentence says what to do
+        return _complain(f"flashedu: {error}", 1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except RuntimeError as error:

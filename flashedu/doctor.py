@@ -238,12 +238,12 @@ def _triton_traps(facts: Facts, found: str) -> list[Finding]:
             "problem",
             'pip install "numpy<2.4", or triton 3.7 with the torch that goes with it',
         ))  # fmt: skip
-    if facts.triton_interpret:
+    if interpreted:
         findings.append(Finding(
             "bfloat16 in Triton",
-            "the interpreter gives wrong numbers (triton #11584)",
-            "note",
-            "take float16 or float32, or cast to float32 right after each load",
+            "float32 stands in for it in the stages: interpreted, it is wrong (triton #11584)",
+            "ok",
+            "in a kernel of your own, cast to float32 right after each load",
         ))  # fmt: skip
     elif facts.torch_sees_gpu and any(c.compute_capability >= (8, 0) for c in facts.cards):
         findings.append(Finding(

@@ -401,7 +401,9 @@ def test_linux_without_triton_is_told_how_to_get_it() -> None:
 def test_the_interpreter_is_reported_with_its_bfloat16_trap() -> None:
     facts = machine(triton_interpret=True)
     assert finding(facts, "Triton kernels").status == "ok"
-    assert finding(facts, "bfloat16 in Triton").status == "note"
+    for interpreted in (facts, machine()):
+        assert "cast to float32" in finding(interpreted, "bfloat16 in Triton").advice
+    assert "bfloat16 in Triton" not in names(gpu_machine(), "ok")
     assert finding(gpu_machine(triton_interpret=True), "Triton kernels").status == "note"
 
 

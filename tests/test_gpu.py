@@ -238,6 +238,12 @@ def test_a_cuda_graph_replays_it() -> None:
     assert torch.equal(o, want)
 
 
+def test_tiles_that_do_not_fit_the_card_get_a_sentence() -> None:
+    q, k, v, _ = drawn(P.replace(D=256, dtype="float32"))
+    with pytest.raises(ValueError, match="block_q and block_k must be smaller on this card"):
+        rung("flash2").load().attention(q, k, v, block_q=256, block_k=256)
+
+
 # memory
 
 

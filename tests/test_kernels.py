@@ -21,6 +21,7 @@ from flashedu.stages import flash2, triton_mode
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import interpreter_builder
 
 if not triton_mode.INTERPRETED:
@@ -137,6 +138,26 @@ def test_compiled_kernels_cannot_be_counted_and_say_so() -> None:
         on_card = mock.Mock(device=mock.Mock(type="cuda"))
         with pytest.raises(ValueError, match="only the interpreter can count"):
             triton_mode.check("flash2", on_card, Machine())
+
+
+def test_tiles_that_do_not_fit_a_card_get_a_sentence() -> None:
+    @triton_mode.on_its_card
+    def launch(x: torch.Tensor) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    with pytest.raises(ValueError, match="block_q and block_k must be smaller .* Required: 300000"):
+        launch(torch.zeros(1))
+
+
+def test_bfloat16_on_a_card_without_it_gets_a_sentence() -> None:
+    on_a_t4 = mock.Mock(device=mock.Mock(type="cuda"), dtype=torch.bfloat16)
+    with (
+        mock.patch.object(triton_mode, "INTERPRETED", False),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="Tesla T4"),
+        pytest.raises(TypeError, match="q must not be bfloat16 on Tesla T4, which has none"),
+    ):
+        triton_mode.check("flash2", on_a_t4, None)
 
 
 def test_where_kernels_are_compiled_the_ladder_counts_in_a_process_that_interprets() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 if (
@@ -27,12 +28,21 @@ if (
 else:
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         import triton.language as tl
+import triton
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 INTERPRETED = isinstance(tl.zeros, InterpretedFunction)
 if INTERPRETED:
-    knobs.runtime.interpret = True  # for the kernels that are defined from here on
+    numpy_version = tuple(map(int, np.__version__.split(".")[:2]))
+    if triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):
+        raise ImportError(
+            f"the interpreter of triton {triton.__version__} fails with NumPy {np.__version__}: "
+            'pip install "numpy<2.4"'
+        )
+    with mock.patch.object(knobs, "propagate_env", False):  # this process alone
+        knobs.runtime.interpret = True  # for the kernels that are defined from here on
 
 COMPILE_ONLY = (
     not INTERPRETED and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
@@ -45,12 +55,18 @@ if not (INTERPRETED or torch.cuda.is_available() or COMPILE_ONLY):
 
 
 def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch from the card of the first argument, which need not be the current one."""
+    """Launch from the card of the first argument, which need not be the current one.
+
+    Raises ValueError, with a sentence, where the tiles do not fit that card.
+    """
 
     @functools.wraps(function)
     def wrapper(x: torch.Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(x):
-            return function(x, *rest)
+        try:
+            with torch.cuda.device_of(x):
+                return function(x, *rest)
+        except OutOfResources as error:
+            raise ValueError(f"block_q and block_k must be smaller on this card: {error}") from None
 
     return wrapper
 
@@ -78,6 +94,9 @@ def check(stage: str, q: torch.Tensor, machine: Any) -> None:
             else "kernels are compiled for the GPU here; TRITON_INTERPRET=1 runs them on the CPU"
         )
         raise ValueError(f"q must be on {wanted} for stage '{stage}', got {q.device}: {how}")
+    if q.dtype == torch.bfloat16 and (capability(q) or (8, 0)) < (8, 0):
+        raise TypeError(f"q must not be bfloat16 on {torch.cuda.get_device_name(q.device)}, which "
+                        f"has none; float16 would do for stage '{stage}'")  # fmt: skip
     if machine is None:
         return
     if not INTERPRETED:
