@@ -7,7 +7,7 @@ keeps q_i, m_i, l_i and acc_i on chip and walks over k and v, so o is written on
     s = scale · q kᵀ    m_new = max(m, rowmax(s))    α = 2^(m − m_new)    p = 2^(s − m_new)
     l ← α l + rowsum(p)    acc ← α acc + p v    o = acc / l and lse = ln2 · (m + log2 l) at the end
 
-The GPU's exponential is 2^x, so scale holds a factor log2 e, and m and s are in base 2.
+The GPU's exponential is 2^x, so scale takes a factor log2 e, and m is in base 2.
 
 Backward: three kernels and no atomics. delta; then dk and dv, a program for each key tile, which
 walks over the queries that see it; then dq, a program for each query tile. P is computed twice,
@@ -68,6 +68,8 @@ def attention_with_lse(
     triton_mode.check("flash2", q, machine)
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
+    if scale <= 0:  # the kernels want a positive one
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     if machine is None and torch.compiler.is_compiling():
         return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
     tiles = tiles_for_call(q, problem, block_q, block_k)
@@ -93,19 +95,20 @@ def forward_kernel(
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
+    scale_log2 = scale * LOG2E  # positive: the largest score is that of the largest product
     seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
     for MASKED in tl.static_range(2):  # first the tiles that need no mask, then the others
         start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
         for j in tl.range(start, stop, BLOCK_K):
             k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
-            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
+            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee")  # scaled below, in one step with − m
             if MASKED:
                 cols = j + tl.arange(0, BLOCK_K)
                 s_ij = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL), s_ij, float("-inf"))
 
-            m_new = tl.maximum(m_i, tl.max(s_ij, 1))
+            m_new = tl.maximum(m_i, scale_log2 * tl.max(s_ij, 1))
             alpha = tl.exp2(m_i - m_new)
-            p_ij = tl.exp2(s_ij - m_new[:, None])
+            p_ij = tl.exp2(scale_log2 * s_ij - m_new[:, None])
             l_i = alpha * l_i + tl.sum(p_ij, 1)
             v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
             acc_i = tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")
@@ -146,8 +149,12 @@ def _keys_seen(
 
 @triton.jit
 def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
-    """(BLOCK_Q, BLOCK_K): True where both exist and the key is not in the query's future."""
-    visible = (cols < Nk)[None, :] & (rows < Nq)[:, None]
+    """(BLOCK_Q or 1, BLOCK_K): True where the key exists and is not in the query's future.
+
+    Queries that do not exist may see what they like: their rows are not stored, and dk and dv take
+    their p as 0.
+    """
+    visible = (cols < Nk)[None, :]
     if CAUSAL:
         visible = visible & (cols[None, :] <= rows[:, None] + Nk - Nq)
     return visible
