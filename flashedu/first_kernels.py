@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -59,7 +59,7 @@ def add(x, y, *, block=1024, machine=None):
     _check_block(block)
     z = torch.empty_like(x)
     programs = triton.cdiv(len(x), block)  # rounded up
-    with _counted(machine, "add", x=x, y=y, z=z):
+    with _launch(machine, "add", x=x, y=y, z=z):
         add_kernel[(programs,)](x, y, z, len(x), BLOCK=block)
     return z
 
@@ -74,7 +74,7 @@ def softmax(x, *, machine=None):
     _check_row(N)
     p = torch.empty_like(x)
     block = max(16, triton.next_power_of_2(N))
-    with _counted(machine, "softmax", x=x, p=p):
+    with _launch(machine, "softmax", x=x, p=p):
         softmax_kernel[(rows,)](x, p, N, BLOCK=block)
     return p
 
@@ -98,10 +98,16 @@ def _count(kernel: Callable[..., Any], inputs: Any, options: Any) -> Machine:
     return machine
 
 
-def _counted(machine: Machine | None, name: str, **arrays: Any) -> AbstractContextManager[None]:
-    """One launch, counted on `machine`, which knows arrays as (B, heads, N, …)."""
+@contextmanager
+def _launch(machine: Machine | None, name: str, **arrays: Any) -> Iterator[None]:
+    """On the arrays' card, counted on `machine`, which knows arrays as (B, heads, N, …)."""
     with_heads = {array: x[None, None] for array, x in arrays.items()}
-    return counted(machine or UNCOUNTED, name, Problem(Nq=1, D=1), **with_heads)
+    sizes = Problem(Nq=1, D=1)  # no attention
+    with (
+        torch.cuda.device_of(next(iter(arrays.values()))),
+        counted(machine or UNCOUNTED, name, sizes, **with_heads),
+    ):
+        yield
 
 
 def _checked(dims: int, machine: Machine | None, **arrays: Any) -> list[Any]:

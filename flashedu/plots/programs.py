@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from flashedu.memory.trace import Event
-from flashedu.plots.style import FAINT, INK, SRAM, STAGE, STAGE_MARKER, TENSOR, styled
+from flashedu.plots.style import FAINT, INK, SRAM, STAGE, STAGE_MARKER, styled
 from flashedu.units import human_bytes
 
 
@@ -100,12 +100,12 @@ def loop_orders(
             turns = _turns(trace)
             for turn, (i, j) in enumerate(turns, 1):
                 ax.add_patch(Rectangle((j, i), block_k, block_q, facecolor="#F3B58F",
-                                       edgecolor=INK, linewidth=0.8))  # fmt: skip
+                                       edgecolor="white", linewidth=2))  # fmt: skip
                 ax.text(j + 0.5 * block_k, i + 0.5 * block_q, str(turn), ha="center", va="center",
                         fontweight="bold", zorder=5,
                         bbox={"facecolor": "#F3B58F", "edgecolor": "none", "pad": 1})  # fmt: skip
             path = np.array(turns)[:, ::-1] + [0.5 * block_k, 0.5 * block_q]
-            ax.plot(*path.T, color=TENSOR["s"], linewidth=1.5, zorder=3)
+            ax.plot(*path.T, color=INK, linewidth=1.3, zorder=3)
             Nq, Nk = (max(start) for start in zip(*turns, strict=True))
             ax.set_xticks(range(0, Nk + block_k + 1, block_k))
             ax.set_yticks(range(0, Nq + block_q + 1, block_q))
