@@ -255,6 +255,6 @@ def test_a_source_that_a_chapter_shows_is_the_lesson_and_not_a_wrapper() -> None
     assert len(shown) >= 4
     for text in shown:
         is_stage = "q, k, v" in text.partition(":\n")[0]
-        assert "with machine.kernel(" in text or not is_stage, text
+        assert "with machine.kernel(" in text or "with counted(" in text or not is_stage, text
         too_long = [line for line in text.splitlines() if len(line) > 88]
         assert not too_long, f"a slide or a notebook breaks these lines: {too_long}"

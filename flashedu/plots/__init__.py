@@ -9,6 +9,7 @@ from flashedu.plots.numerics import (
     running_sums,
     two_answers,
 )
+from flashedu.plots.programs import busy_sms, loop_orders, masked_tiles, traffic_against_tile
 from flashedu.plots.speed import memory, speed, speedup_against_heads
 from flashedu.plots.tiles import running_state, visits
 from flashedu.plots.traffic import bars, memory_against_n, traffic, traffic_against_sram
@@ -17,8 +18,11 @@ __all__ = [
     "against_budget",
     "bars",
     "bit_layout",
+    "busy_sms",
     "error_against_n",
     "hierarchy",
+    "loop_orders",
+    "masked_tiles",
     "memory",
     "memory_against_n",
     "orders",
@@ -30,6 +34,7 @@ __all__ = [
     "sram_occupancy",
     "traffic",
     "traffic_against_sram",
+    "traffic_against_tile",
     "two_answers",
     "visits",
 ]
