@@ -258,7 +258,7 @@ MUTANTS = [
     Mutant("flash1", "the wrong key head", HEADS, "k_j = K.load([b, h // GROUP, j, 0])",
            "k_j = K.load([b, h % (H // GROUP), j, 0])"),
     Mutant("flash1", "divided by a sum of 0", BLIND,
-           "/ tl.where(l_new > 0, l_new, 1)[:, None]", "/ l_new[:, None]"),
+           "divisor = tl.where(l_new > 0, l_new, 1)", "divisor = l_new"),
     Mutant("flash1", "-inf − -inf: a row with no key gives NaN", BLIND,
            "torch.finfo(torch.float32).min)", 'float("-inf"))'),
     Mutant("flash1", "the last query tile is not stored", WRITTEN,

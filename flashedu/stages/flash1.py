@@ -77,14 +77,15 @@ def forward_kernel(
 ):  # fmt: skip
     """o and lse of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    head = tl.program_id(0).to(tl.int64) * Nq  # where its rows begin in LSE, O_F32, M and L
+    head = tl.program_id(0).to(tl.int64) * Nq  # its first row in LSE, O_F32, M and L
     cols = tl.arange(0, COLUMNS)
 
+    lowest = tl.full([BLOCK_Q], LOWEST, tl.float32)
     for i in tl.range(0, Nq, BLOCK_Q):
         rows = i + tl.arange(0, BLOCK_Q)
         here, exist = _elements(head + rows, rows < Nq, cols, D)
         tl.store(O_F32 + here, tl.zeros([BLOCK_Q, COLUMNS], tl.float32), mask=exist)
-        tl.store(M + head + rows, tl.full([BLOCK_Q], LOWEST, tl.float32), mask=rows < Nq)
+        tl.store(M + head + rows, lowest, mask=rows < Nq)
         tl.store(L + head + rows, tl.zeros([BLOCK_Q], tl.float32), mask=rows < Nq)
 
     for j in tl.range(0, Nk, BLOCK_K):
@@ -115,7 +116,8 @@ def forward_kernel(
             p_ij = tl.exp(s_ij - m_new[:, None])
             l_new = alpha * l_i + tl.sum(p_ij, 1)
             pv_ij = tl.dot(p_ij.to(v_j.dtype), v_j, input_precision="ieee")
-            o_i = (o_i * (alpha * l_i)[:, None] + pv_ij) / tl.where(l_new > 0, l_new, 1)[:, None]
+            divisor = tl.where(l_new > 0, l_new, 1)
+            o_i = (o_i * (alpha * l_i)[:, None] + pv_ij) / divisor[:, None]
 
             tl.store(O_F32 + here, o_i, mask=exist)
             tl.store(M + head + rows, m_new, mask=rows < Nq)
@@ -128,7 +130,8 @@ def forward_kernel(
         o_i = tl.load(O_F32 + here, mask=exist, other=0)
         m_i = tl.load(M + head + rows, mask=rows < Nq, other=0)
         l_i = tl.load(L + head + rows, mask=rows < Nq, other=0)
-        lse_i = tl.where(l_i > 0, m_i + tl.log(tl.where(l_i > 0, l_i, 1)), float("-inf"))
+        log_l = tl.log(tl.where(l_i > 0, l_i, 1))
+        lse_i = tl.where(l_i > 0, m_i + log_l, float("-inf"))
         O.store([b, h, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
         tl.store(LSE + head + rows, lse_i, mask=rows < Nq)
 
@@ -146,9 +149,10 @@ def forward(q, k, v, problem, scale, machine, tile):
     Parallel over heads alone: two programs of one head would both update its o.
     """
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    o_f32 = machine.hbm.scratch("o_f32", (B, H, Nq, D), like=q, dtype=torch.float32).data
+    f32 = torch.float32
+    o_f32 = machine.hbm.scratch("o_f32", (B, H, Nq, D), like=q, dtype=f32).data
     m, l, lse = (
-        machine.hbm.scratch(name, (B, H, Nq, 1), like=q, dtype=torch.float32).data[..., 0]
+        machine.hbm.scratch(name, (B, H, Nq, 1), like=q, dtype=f32).data[..., 0]
         for name in ("m", "l", "lse")
     )
     if 0 in (B, Nq, Nk):
