@@ -422,7 +422,8 @@ table(
 )
 
 # %% [markdown]
-# The last column is how many programs an SM can hold at a time. Take the row of the H200 with D = 64 from N =
+# The last column is how many programs an SM can hold at a time. (The tiles of the H200 were the fastest of some
+# ten; those of the other cards were never timed, and on an A100 they spill.) Take the row of the H200 with D = 64 from N =
 # 4096 on. Its SRAM can be predicted: q_i takes 64 · 64 · 2 bytes, and k_j and v_j take 128 · 64 · 2 each. The
 # loads run ahead of the arithmetic, so that three pairs of them are there at a time (`num_stages`):
 
