@@ -10,9 +10,11 @@ cannot run (see flashedu.bench.compiled).
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -69,6 +71,16 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"block_q and block_k must be smaller on this card: {error}") from None
 
     return wrapper
+
+
+def interpreting(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; where kernels are compiled, in a process that interprets them instead."""
+    if INTERPRETED:
+        return function(*args)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
+            return interpreter.submit(function, *args).result()
 
 
 def capability(x: torch.Tensor) -> tuple[int, int] | None:
