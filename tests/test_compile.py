@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -36,9 +37,10 @@ UNITS = {  # of each card, for float16
     (12, 0): {"mma.sync"},
 }
 HALF, SINGLE = ("float16",), ("float32",)
-WANTED = [
-    *compiled.cases([(8, 0), (9, 0), (10, 0)], (64, 128), HALF),
-    *compiled.cases([(7, 5), (8, 9)], (64, 128), HALF, masks=(True,)),
+WANTED = [  # compiled by the tests; the record has the rest
+    *compiled.cases([(9, 0), (10, 0)], (64, 128), HALF),
+    *compiled.cases([(8, 0)], (64, 128), HALF, masks=(True,)),
+    *compiled.cases([(7, 5), (8, 9)], (64,), HALF, masks=(True,)),
     *compiled.cases([(8, 9)], (16, 256), HALF, masks=(False,)),
     *compiled.cases([(9, 0)], (64,), SINGLE, masks=(True,)),
 ]
@@ -89,12 +91,14 @@ def test_float32_uses_no_matrix_unit_and_so_no_tf32(
 
 
 def test_spills_are_few_where_tiles_are_tuned_and_bounded_elsewhere(
-    kernels: list[Compiled],
+    kernels: list[Compiled], recorded: list[Compiled]
 ) -> None:
-    """The tuned tiles were the fastest, spills included: a tile without any was slower."""
-    for found in kernels:
-        tuned = found.case.capability == (9, 0) and found.case.dtype == "float16"
-        assert found.spilled_bytes <= (160 if tuned else 1024), found
+    """The tuned tiles were the fastest, spills included."""
+    for found in [*kernels, *recorded]:
+        card, dtype = found.case.capability, found.case.dtype
+        tuned = (card, dtype) == ((9, 0), "float16") and found.case.D in (64, 128)
+        most = 192 if tuned and found.case.stage == "flash2" else 4096
+        assert found.spilled_bytes <= most, found
 
 
 def test_the_record_is_what_is_compiled_now(
@@ -106,7 +110,7 @@ def test_the_record_is_what_is_compiled_now(
 
 
 def test_the_record_has_every_card_and_head_size(recorded: list[Compiled]) -> None:
-    assert {found.case for found in recorded} == set(compiled.cases())
+    assert {found.case for found in recorded} == set(compiled.recorded_cases())
 
 
 def test_one_kernel_does_not_fit_its_card(recorded: list[Compiled]) -> None:
@@ -115,7 +119,7 @@ def test_one_kernel_does_not_fit_its_card(recorded: list[Compiled]) -> None:
         for found in recorded
         if found.sram_bytes > SRAM_BYTES[found.case.capability]
     }
-    assert too_large == {("dkdv_kernel", "float32", 256, (7, 5), 65 * 2**10 + 64)}
+    assert too_large == {("dkdv_kernel", "float32", 256, (7, 5), 65 * 2**10)}
 
 
 # the table of tiles
@@ -173,9 +177,10 @@ def test_programs_on_an_sm_by_hand() -> None:
     assert programs(16, 0, warps=8) == 8  # 2048 threads
 
 
-def test_the_table_has_the_kernels_of_one_card(recorded: list[Compiled]) -> None:
+def test_the_table_names_each_kernel_of_one_card_once(recorded: list[Compiled]) -> None:
     rows = compiled.table(recorded, gpu("h100"))
-    assert len(rows) == sum(found.case.capability == (9, 0) for found in recorded) > 0
+    ours = [found for found in recorded if found.case.capability == (9, 0)]
+    assert len(rows) == len({replace(found, case=replace(found.case, N=0)) for found in ours})
     assert all(row["programs"] >= 1 for row in rows)
 
 

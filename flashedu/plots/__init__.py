@@ -1,5 +1,6 @@
 """Every figure of the course: functions from data to a matplotlib Figure. None computes results."""
 
+from flashedu.plots.flash2 import waiting, walks
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
 from flashedu.plots.numerics import (
     against_budget,
@@ -37,4 +38,6 @@ __all__ = [
     "traffic_against_tile",
     "two_answers",
     "visits",
+    "waiting",
+    "walks",
 ]
