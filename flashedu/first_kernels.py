@@ -6,13 +6,9 @@ where there is none, interpreted on the CPU.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -84,12 +80,7 @@ def count(kernel: Callable[..., Any], *inputs: Any, **options: Any) -> Machine:
 
     kernel: `add` or `softmax`.
     """
-    if triton_mode.INTERPRETED:
-        return _count(kernel, inputs, options)
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
-            return interpreter.submit(_count, kernel, inputs, options).result()
+    return triton_mode.interpreting(_count, kernel, inputs, options)
 
 
 def _count(kernel: Callable[..., Any], inputs: Any, options: Any) -> Machine:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from flashedu.memory import GPU, Cost, Machine, Problem, cost
 from flashedu.memory.gpus import Bound
@@ -138,17 +135,12 @@ def _attend(rung: Rung, p: Problem, q: Any, k: Any, v: Any, machine: Machine) ->
 
 
 def _counting(rung: Rung, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`; where kernels are compiled, in a process that interprets them instead."""
+    """`function(*args)`, where a kernel can be counted."""
     if not rung.is_triton:
         return function(*args)
     from flashedu.stages import triton_mode
 
-    if triton_mode.INTERPRETED:
-        return function(*args)
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
-            return interpreter.submit(function, *args).result()
+    return triton_mode.interpreting(function, *args)
 
 
 def _measure(rung: Rung, p: Problem, seed: int) -> tuple[Cost, float, float]:

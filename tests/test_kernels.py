@@ -145,9 +145,7 @@ def test_tiles_that_do_not_fit_a_card_get_a_sentence() -> None:
     def launch(x: torch.Tensor) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    with pytest.raises(
-        ValueError, match=r"block_q and block_k must be smaller .* 300000"
-    ):
+    with pytest.raises(ValueError, match=r"block_q and block_k must be smaller .* 300000"):
         launch(torch.zeros(1))
 
 

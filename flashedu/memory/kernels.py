@@ -25,7 +25,7 @@ def counted(machine: Machine, name: str, problem: Problem, **arrays: Any) -> Ite
     """One launch, whose traffic counts on `machine`; none of it if `machine` counts nothing.
 
     `arrays`: all that the kernel reads or writes, by the name it is counted under: tensors
-    (B, heads, N), or descriptors of tensors (B, heads, N, D), whose values count as
+    (B, heads, N), or what `tiles_of` makes of tensors (B, heads, N, D), whose values count as
     `problem.dtype` although float32 may stand in for bfloat16.
     """
     if not machine.counting:
@@ -40,8 +40,8 @@ class _Region:
     """The addresses of one array, and the row that each belongs to."""
 
     def __init__(self, name: str, x: Any, problem: Problem) -> None:
-        described = hasattr(x, "block_shape")
-        tensor = x.base if described else x
+        described = not hasattr(x, "itemsize")
+        tensor = (x[0] if isinstance(x, tuple) else x.base) if described else x
         self.name = name
         self.item_bytes = problem.item_bytes if described else tensor.itemsize
         self._start, self._width = tensor.data_ptr(), tensor.itemsize

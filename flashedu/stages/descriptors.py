@@ -7,19 +7,24 @@ not written, so any N and D will do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashedu.memory import hbm
 from flashedu.stages import triton_mode
 
+import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def tiles_of(x: torch.Tensor, block: int) -> TensorDescriptor:
-    """A descriptor of x, (B, heads, N, D), in tiles of `block` rows.
+def tiles_of(x: torch.Tensor, block: int) -> Any:
+    """x, (B, heads, N, D), as a kernel takes it: a descriptor, in tiles of `block` rows.
 
     The hardware wants rows that are contiguous and strides of whole 16 bytes; other arrays are
-    copied.
+    copied. From Hopper on, a unit of its own (the TMA) moves tiles by a descriptor that the host
+    has made. On other cards the kernel makes it from its parts, and the compiler sees the strides.
     """
     if triton_mode.INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()  # the interpreter has no bfloat16 arithmetic
@@ -28,7 +33,21 @@ def tiles_of(x: torch.Tensor, block: int) -> TensorDescriptor:
     strides_fit = all(stride > 0 and stride % per_16_bytes == 0 for stride in strides)
     if not (last == 1 and strides_fit and x.data_ptr() % 16 == 0):
         x = empty_like(x).copy_(x)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, columns(x.shape[3])])
+        strides = x.stride()[:3]
+    if triton_mode.has_tma(x):
+        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, columns(x.shape[3])])
+    return x, *x.shape, *strides
+
+
+@triton.jit
+def in_tiles(X, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """X as a descriptor, in tiles (1, 1, BLOCK, COLUMNS): made here if the host has not."""
+    if isinstance(X, tl.tuple):
+        x, B, H, N, D, batch, head, row = X
+        X = tl.make_tensor_descriptor(
+            x, [B, H, N, D], [batch, head, row, 1], [1, 1, BLOCK, COLUMNS]
+        )
+    return X
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from flashedu.memory.kernels import counted
 from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages import triton_mode
 from flashedu.stages.contract import check
-from flashedu.stages.descriptors import columns, empty_like, tiles_of
+from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
 from flashedu.stages.flash2_tiles import tiles_for_call
 
 import triton
@@ -75,7 +75,9 @@ def forward_kernel(
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
+    """o and lse of one head. Q, K, V, O: (B, heads, N, D), from `tiles_of`."""
+    Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
+    K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     head = tl.program_id(0).to(tl.int64) * Nq  # its first row in LSE, O_F32, M and L
     cols = tl.arange(0, COLUMNS)

@@ -25,7 +25,7 @@ from flashedu.memory.machine import UNCOUNTED
 from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
 from flashedu.stages.contract import check, dtype_name
-from flashedu.stages.descriptors import columns, empty_like, tiles_of
+from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
 from flashedu.stages.flash2_tiles import tiles_for_call
 
 import triton
@@ -85,7 +85,9 @@ def forward_kernel(
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query tile of one head. Q, K, V, O are descriptors of (B, heads, N, D)."""
+    """o and lse of one query tile of one head. Q, K, V, O: (B, heads, N, D), from `tiles_of`."""
+    Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
+    K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
@@ -166,6 +168,7 @@ def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
 @triton.jit
 def delta_kernel(O, DO, DELTA, H, Nq, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """delta = rowsum(do ∘ o) of one query tile."""
+    O, DO = in_tiles(O, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
     i, head = _tile_and_head(Nq, BLOCK_Q, False)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
@@ -185,6 +188,9 @@ def dkdv_kernel(
 
     The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
     """
+    Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
+    K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
+    DK, DV = in_tiles(DK, BLOCK_K, COLUMNS), in_tiles(DV, BLOCK_K, COLUMNS)
     j, head_kv = _tile_and_head(Nk, BLOCK_K, False)
     b, h_kv = head_kv // H_kv, head_kv % H_kv
     cols = j + tl.arange(0, BLOCK_K)
@@ -233,6 +239,9 @@ def dq_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile: it walks over the keys that it sees, as the forward does."""
+    Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
+    K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
+    DQ = in_tiles(DQ, BLOCK_Q, COLUMNS)
     i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)

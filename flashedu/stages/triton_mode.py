@@ -10,9 +10,11 @@ cannot run (see flashedu.bench.compiled).
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -30,6 +32,7 @@ else:
         import triton.language as tl
 import triton
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -71,9 +74,29 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def interpreting(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; where kernels are compiled, in a process that interprets them instead."""
+    if INTERPRETED:
+        return function(*args)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
+            return interpreter.submit(function, *args).result()
+
+
 def capability(x: torch.Tensor) -> tuple[int, int] | None:
-    """The compute capability of the card that x is on; None where kernels are interpreted."""
-    return None if INTERPRETED else torch.cuda.get_device_capability(x.device)
+    """The compute capability of x's card, or that to compile for; None if interpreted."""
+    if INTERPRETED:
+        return None
+    if COMPILE_ONLY:
+        major, minor = divmod(driver.active.get_current_target().arch, 10)
+        return major, minor
+    return torch.cuda.get_device_capability(x.device)
+
+
+def has_tma(x: torch.Tensor) -> bool:
+    """Whether descriptors are made by the host: for Hopper and later cards, and the interpreter."""
+    return (capability(x) or (9, 0)) >= (9, 0)
 
 
 def check(stage: str, q: torch.Tensor, machine: Any) -> None:
