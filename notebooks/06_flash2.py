@@ -50,8 +50,9 @@ print(f"flash1 runs {real.H} programs on the {gpu('h200').sm_count} SMs of an H2
 #                 update m, l, o, in HBM              store o
 #
 # A reminder of terms. The **grid** says how many programs there are, here query tiles · heads · batches, and
-# `tl.program_id` tells a program which one it is. Q, K, V and O are **descriptors**: `K.load([b, h, j, 0])`
-# loads the tile that begins at row j. A `tl.constexpr` is known when the kernel is compiled.
+# `tl.program_id` tells a program which one it is. `in_tiles` makes Q, K, V and O **descriptors**:
+# `K.load([b, h, j, 0])` loads the tile that begins at row j. A `tl.constexpr` is known when the kernel is
+# compiled.
 
 # %%
 source(flash2.forward_kernel.fn)
@@ -423,9 +424,11 @@ table(
 
 # %% [markdown]
 # The last column is how many programs an SM can hold at a time. (The tiles of the H200 were the fastest of some
-# ten; those of the other cards were never timed, and on an A100 they spill.) Take the row of the H200 with D = 64 from N =
-# 4096 on. Its SRAM can be predicted: q_i takes 64 · 64 · 2 bytes, and k_j and v_j take 128 · 64 · 2 each. The
-# loads run ahead of the arithmetic, so that three pairs of them are there at a time (`num_stages`):
+# ten. Those of the other cards were never timed.)
+#
+# Take the row of the H200 with D = 64 from N = 4096 on. Its SRAM can be predicted: q_i takes 64 · 64 · 2 bytes,
+# and k_j and v_j take 128 · 64 · 2 each. The loads run ahead of the arithmetic, so that three pairs of them are
+# there at a time (`num_stages`):
 
 # %%
 (found,) = (
