@@ -101,7 +101,7 @@ _mixed_torch = "hbm.array('{0}', {0}.repeat(1, problem.group, 1, 1))"
 
 _scores = """k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
             s_ij = tl.dot(q_i, k_j.T, input_precision="ieee")  # scaled"""
-_acc = 'tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")'
+_acc = 'tl.dot(p_ij.to(v_j.dtype), v_j, acc_i, input_precision="ieee")'
 _dv = 'tl.dot(p_ji.to(do_i.dtype), do_i, dv_j, input_precision="ieee")'
 _dq = 'tl.dot(ds_ij.to(k_j.dtype), k_j, dq_i, input_precision="ieee")'
 
@@ -272,7 +272,7 @@ MUTANTS = [
            "            s_ij = scale * tl.dot(q_i"),
     # flash2, forward
     Mutant("flash2", "acc is not rescaled", OUTPUTS,
-           "acc_i * alpha[:, None], input_precision", "acc_i, input_precision"),
+           "acc_i = acc_i * alpha[:, None]", "pass"),
     Mutant("flash2", "l is not rescaled", OUTPUTS,
            "l_i = alpha * l_i + tl.sum(p_ij, 1)", "l_i = l_i + tl.sum(p_ij, 1)"),
     Mutant("flash2", "acc is rescaled by the wrong sign", OUTPUTS,
@@ -333,14 +333,14 @@ MUTANTS = [
            "if dlse is not None:", "if False:"),
     Mutant("flash2", "the gradient of lse added, not subtracted", "gradients_of_lse_match_float64",
            "delta -= dlse", "delta += dlse"),
-    Mutant("flash2", "dk is not scaled", GRADIENTS, "(scale * dk_j)", "dk_j"),
+    Mutant("flash2", "dk is not scaled", GRADIENTS, "dk_j = scale * dk_j", "pass"),
     Mutant("flash2", "dq is not scaled", GRADIENTS, "(scale * dq_i)", "dq_i"),
     Mutant("flash2", "dk and dv of one head of the group, not of all", GRADIENTS,
            "for g in range(GROUP):", "for g in range(1):"),
     Mutant("flash2", "the backward matches the wrong heads", GRADIENTS,
            "h = h_kv * GROUP + g", "h = g * H_kv + h_kv"),
     Mutant("flash2", "dk and dv have no mask", GRADIENTS,
-           's_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))', "pass"),
+           's_ji = tl.where(visible.T, s_ji, float("-inf"))', "pass"),
     Mutant("flash2", "dk and dv leave out the diagonal tile", GRADIENTS,
            "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q",
            "first = tl.cdiv(tl.maximum(0, j + 1 - (Nk - Nq)), BLOCK_Q) * BLOCK_Q"),

@@ -85,7 +85,7 @@ def forward_kernel(
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query tile of one head. Q, K, V, O: (B, heads, N, D), from `tiles_of`."""
+    """o and lse of one query tile of one head. Q, K, V, O: see `tiles_of`."""
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
@@ -97,23 +97,25 @@ def forward_kernel(
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
-    scale_log2 = scale * LOG2E  # positive: the largest score is that of the largest product
+    scale_log2 = scale * LOG2E  # positive: the largest product is the largest score
     seen_by_all, seen_by_any = _keys_seen(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
-    for MASKED in tl.static_range(2):  # first the tiles that need no mask, then the others
+    for MASKED in tl.static_range(2):  # first the tiles that need no mask
         start, stop = (seen_by_all, seen_by_any) if MASKED else (0, seen_by_all)
         for j in tl.range(start, stop, BLOCK_K):
             k_j = K.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
-            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee")  # scaled below, in one step with − m
+            s_ij = tl.dot(q_i, k_j.T, input_precision="ieee")  # scaled below, with − m
             if MASKED:
                 cols = j + tl.arange(0, BLOCK_K)
-                s_ij = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL), s_ij, float("-inf"))
+                visible = _visible(rows, cols, Nq, Nk, CAUSAL)
+                s_ij = tl.where(visible, s_ij, float("-inf"))
 
             m_new = tl.maximum(m_i, scale_log2 * tl.max(s_ij, 1))
             alpha = tl.exp2(m_i - m_new)
             p_ij = tl.exp2(scale_log2 * s_ij - m_new[:, None])
             l_i = alpha * l_i + tl.sum(p_ij, 1)
             v_j = V.load([b, h // GROUP, j, 0]).reshape(BLOCK_K, COLUMNS)
-            acc_i = tl.dot(p_ij.to(v_j.dtype), v_j, acc_i * alpha[:, None], input_precision="ieee")
+            acc_i = acc_i * alpha[:, None]
+            acc_i = tl.dot(p_ij.to(v_j.dtype), v_j, acc_i, input_precision="ieee")
             m_i = m_new
 
     some = l_i > 0  # False for a row that sees no key
@@ -127,8 +129,8 @@ def forward_kernel(
 def _tile_and_head(N, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """The first row of this program's tile, and its head, counted through all batches.
 
-    Neighbours have the same head: what they all load, k and v or q and do, stays in the L2 cache.
-    Causal, the last query tile sees most keys; it starts first, so that no long program ends alone.
+    Neighbours have the same head: what they all load, k and v or q and do, stays in L2.
+    Causal, the last query tile sees most keys: it starts first, and none ends alone.
     """
     tiles = tl.cdiv(N, BLOCK)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -141,7 +143,7 @@ def _tile_and_head(N, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 def _keys_seen(
     i, Nq, Nk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """How many keys, in whole tiles, every query of tile i sees; how many any of them sees."""
+    """Keys that all queries of tile i see, in whole tiles; keys that any one sees."""
     by_all, by_any = Nk, Nk
     if CAUSAL:
         by_all = tl.minimum(Nk, tl.maximum(0, i + 1 + Nk - Nq))
@@ -184,9 +186,9 @@ def dkdv_kernel(
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile: it walks over the queries that see it, of all heads it serves.
+    """dk and dv of one key tile: it walks over its queries, of all heads it serves.
 
-    The tiles stand on end here, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
+    The tiles stand on end, (BLOCK_K, BLOCK_Q): pᵀ and dsᵀ are what the products need.
     """
     Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
@@ -201,7 +203,7 @@ def dkdv_kernel(
     dv_j = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
 
     first, all_see = 0, 0
-    if CAUSAL:  # the first query that sees any key of the tile, and the first that sees all
+    if CAUSAL:  # the first query that sees any key of the tile, the first that sees all
         first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q
         all_see = tl.maximum(0, j + BLOCK_K - 1 - (Nk - Nq))
         all_see = tl.minimum(tl.cdiv(all_see, BLOCK_Q), tl.cdiv(Nq, BLOCK_Q)) * BLOCK_Q
@@ -218,7 +220,8 @@ def dkdv_kernel(
                 lse_i = _load_lse(LSE + head_rows, rows, Nq)
                 s_ji = tl.dot(k_j, q_i.T, input_precision="ieee") * (scale * LOG2E)
                 if MASKED:
-                    s_ji = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL).T, s_ji, float("-inf"))
+                    visible = _visible(rows, cols, Nq, Nk, CAUSAL)
+                    s_ji = tl.where(visible.T, s_ji, float("-inf"))
                 p_ji = tl.exp2(s_ji - lse_i[None, :])
 
                 do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
@@ -228,7 +231,8 @@ def dkdv_kernel(
                 ds_ji = p_ji * (dp_ji - delta_i[None, :])
                 dk_j = tl.dot(ds_ji.to(q_i.dtype), q_i, dk_j, input_precision="ieee")
 
-    DK.store([b, h_kv, j, 0], (scale * dk_j).to(DK.dtype).reshape(1, 1, BLOCK_K, COLUMNS))
+    dk_j = scale * dk_j
+    DK.store([b, h_kv, j, 0], dk_j.to(DK.dtype).reshape(1, 1, BLOCK_K, COLUMNS))
     DV.store([b, h_kv, j, 0], dv_j.to(DV.dtype).reshape(1, 1, BLOCK_K, COLUMNS))
 
 
@@ -238,7 +242,7 @@ def dq_kernel(
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query tile: it walks over the keys that it sees, as the forward does."""
+    """dq of one query tile: it walks over the keys that it sees, as the forward."""
     Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     DQ = in_tiles(DQ, BLOCK_Q, COLUMNS)
@@ -262,7 +266,8 @@ def dq_kernel(
             s_ij = tl.dot(q_i, k_j.T, input_precision="ieee") * (scale * LOG2E)
             if MASKED:
                 cols = j + tl.arange(0, BLOCK_K)
-                s_ij = tl.where(_visible(rows, cols, Nq, Nk, CAUSAL), s_ij, float("-inf"))
+                visible = _visible(rows, cols, Nq, Nk, CAUSAL)
+                s_ij = tl.where(visible, s_ij, float("-inf"))
             p_ij = tl.exp2(s_ij - lse_i[:, None])
             dp_ij = tl.dot(do_i, v_j.T, input_precision="ieee")
             ds_ij = p_ij * (dp_ij - delta_i[:, None])
@@ -273,7 +278,7 @@ def dq_kernel(
 
 @triton.jit
 def _load_lse(LSE, rows, Nq):
-    """In base 2. +inf for a row that sees no key, or does not exist: its p = 2^(s − inf) is 0."""
+    """In base 2. +inf where a row sees no key or does not exist: p = 2^−inf is 0."""
     lse_i = tl.load(LSE + rows, mask=rows < Nq, other=float("inf"))
     return tl.where(lse_i == float("-inf"), float("inf"), lse_i) * LOG2E
 
@@ -283,12 +288,13 @@ def _load_lse(LSE, rows, Nq):
 
 @triton_mode.on_its_card
 def forward(q, k, v, problem, scale, machine, tile):
-    """o (B, H, Nq, D) and lse (B, H, Nq), by one program for each query tile of each head.
+    """o (B, H, Nq, D), lse (B, H, Nq), by one program for each query tile of each head.
 
     Parallel over heads and query tiles: no two programs write the same row.
     """
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    lse = machine.hbm.scratch("lse", (B, H, Nq, 1), like=q, dtype=torch.float32).data[..., 0]
+    LSE = machine.hbm.scratch("lse", (B, H, Nq, 1), like=q, dtype=torch.float32)
+    lse = LSE.data[..., 0]
     if 0 in (B, Nq, Nk):
         return torch.zeros_like(q), lse.fill_(-torch.inf)
     o = empty_like(q)
