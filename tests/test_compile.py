@@ -83,6 +83,18 @@ def test_float16_uses_the_matrix_units_of_its_card(
             assert found.matrix_instruction in UNITS[found.case.capability], found
 
 
+def test_tiles_come_while_others_are_used(
+    kernels: list[Compiled], recorded: list[Compiled]
+) -> None:
+    """By the TMA from Hopper on, 16 bytes at a time on Ampere and Ada; before, not at all."""
+    for found in [*kernels, *recorded]:
+        card = found.case.capability
+        if found.case.stage == "flash2" and found.kernel in ("forward_kernel", "dq_kernel"):
+            wanted = "cp.async.bulk.tensor" if card >= (9, 0) else "cp.async.cg"
+            if card >= (8, 0) and found.case.dtype == "float16":
+                assert found.copy_instruction == wanted, found
+
+
 def test_float32_uses_no_matrix_unit_and_so_no_tf32(
     kernels: list[Compiled], recorded: list[Compiled]
 ) -> None:
@@ -166,7 +178,8 @@ def test_programs_on_an_sm_by_hand() -> None:
     case = Case("flash2", (9, 0), 128, "float16", False, 4096)
 
     def programs(registers: int, sram_bytes: int, warps: int = 4) -> int:
-        found = Compiled(case, "forward_kernel", 128, 64, warps, 2, registers, 0, sram_bytes, None)
+        takes = (registers, 0, sram_bytes, None, None)
+        found = Compiled(case, "forward_kernel", 128, 64, warps, 2, *takes)
         return found.programs_per_sm(gpu("h200"))
 
     assert programs(255, 96 * 2**10) == 2  # 2 · 128 · 256 registers are all there are

@@ -44,6 +44,7 @@ REGISTERS = 64 * 2**10
 THREADS = {(7, 5): 1024, (8, 0): 2048, (8, 9): 1536, (9, 0): 2048, (10, 0): 2048}
 
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # the newest first
+COPY_INSTRUCTIONS = ("cp.async.bulk.tensor", "cp.async.cg")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Compiled:
     spilled_bytes: int  # of each thread: what found no register
     sram_bytes: int  # shared memory of a program
     matrix_instruction: str | None  # None: no matrix unit is used
+    copy_instruction: str | None  # that brings tiles while others are used; None: none does
 
     @property
     def threads(self) -> int:
@@ -290,8 +292,13 @@ def _compile(launch: _Launch) -> Compiled:
         registers=registers,
         spilled_bytes=stack,  # the kernels keep nothing else there
         sram_bytes=made.metadata.shared,
-        matrix_instruction=next((i for i in MATRIX_INSTRUCTIONS if i in made.asm["ptx"]), None),
+        matrix_instruction=_first(MATRIX_INSTRUCTIONS, made.asm["ptx"]),
+        copy_instruction=_first(COPY_INSTRUCTIONS, made.asm["ptx"]),
     )
+
+
+def _first(instructions: Iterable[str], ptx: str) -> str | None:
+    return next((i for i in instructions if i in ptx), None)
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
