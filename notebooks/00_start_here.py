@@ -81,7 +81,7 @@ for rung in LADDER:
 # %% [markdown]
 # ## Predict first
 #
-# With four heads, N = 1024 and D = 64, in float16: how many times fewer bytes does the highest rung move
+# With one head, N = 1024 and D = 64, in float16: how many times fewer bytes does the highest rung move
 # than the lowest?
 
 # %%
@@ -93,7 +93,7 @@ my_prediction = 10
 # sheet. This takes some seconds.
 
 # %%
-problem = Problem(Nq=1024, D=64, H=4)
+problem = Problem(Nq=1024, D=64)
 rows = [row for row in ladder.run(problem, gpu("h200")) if row.skipped is None]
 table(
     {
