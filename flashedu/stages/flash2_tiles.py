@@ -64,7 +64,7 @@ TABLE = (
     Row(LARGE,  128, 2, None,  None, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2),  Tile(64, 64, 4, 2)),
     Row(LARGE,  256, 2, None,  None, Tile(64, 64, 4, 2),  Tile(32, 64, 8, 2),  Tile(64, 32, 8, 2)),
     Row(MIDDLE, 64,  2, None,  None, Tile(128, 64, 4, 3), Tile(64, 64, 4, 2),  Tile(128, 64, 8, 2)),
-    Row(MIDDLE, 128, 2, None,  None, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2),  Tile(64, 64, 4, 2)),
+    Row(MIDDLE, 128, 2, None,  None, Tile(64, 64, 4, 3),  Tile(64, 64, 8, 2),  Tile(64, 64, 4, 2)),
     Row(MIDDLE, 256, 2, None,  None, Tile(64, 32, 8, 2),  Tile(64, 32, 8, 2),  Tile(32, 32, 8, 2)),
     Row(None,   128, 2, None,  None, Tile(32, 32, 8, 1),  Tile(32, 32, 8, 1),  Tile(32, 32, 8, 1)),
     Row(None,   256, 2, None,  None, Tile(16, 16, 8, 1),  Tile(16, 16, 8, 1),  Tile(16, 16, 8, 1)),
