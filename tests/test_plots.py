@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -21,15 +20,7 @@ from tests import pretend
 P = Problem(Nq=12, Nk=10, D=4, causal=True, block_q=4, block_k=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_window():
-    matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
@@ -19,15 +17,7 @@ ODD = Problem(Nq=66, Nk=54, D=16, causal=True, block_q=16, block_k=16)
 KERNELS = {"flash2 dkdv": "dkdv", "flash2 dq": "dq"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_window():
-    matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
 
 @pytest.fixture(scope="module", params=[SQUARE, SQUARE.replace(causal=True), ODD])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -15,16 +14,7 @@ from flashedu.numerics import FORMATS
 from flashedu.plots import numerics
 from flashedu.testing import Error
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_window():
-    matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
 
 def lines(fig, marker=None):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
@@ -13,16 +11,7 @@ from flashedu import plots
 from flashedu.memory import Event
 from flashedu.plots import style
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_window():
-    matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
 
 def texts(fig):
