@@ -261,7 +261,6 @@ BENCH_SECTIONS = "speed, flash1, memory, standard, short"  # bench.cases, withou
 BENCH_PEERS = "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math"
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
-RECORDED = "flashedu bench show prints what was recorded"
 
 
 def _each(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -380,12 +379,20 @@ def _measuring_device(command: str) -> Any:
     try:
         from flashedu.bench import device
     except ModuleNotFoundError as error:
-        raise Stopped(
-            f"flashedu {command}: needs {error.name}: pip install {error.name}; {RECORDED}"
-        ) from None
+        raise Stopped(f"flashedu {command}: needs {error.name}: pip install {error.name}") from None
     if reason := device.why_not():
-        raise Stopped(f"flashedu {command}: {reason}; {RECORDED}")
+        raise Stopped(f"flashedu {command}: {reason}{_recorded()}")
     return device.Cuda()
+
+
+def _recorded() -> str:
+    from flashedu.bench import record
+
+    try:
+        record.latest()
+    except record.NoRecord:
+        return ""
+    return "; flashedu bench show prints what was recorded"
 
 
 def _masks(causal: bool, full: bool) -> tuple[bool, ...]:
@@ -502,6 +509,8 @@ def _ladder_report(problem: Problem, card: GPU, rows: list[Row]) -> Iterable[Ren
         lines.append(f"!: more SRAM than one program has, {human_bytes(capacity)} on {card.name}")
     if any(row.counted and row.counted.sram_peak_bytes is None for row in ran):
         lines.append("compiler: what a Triton kernel keeps on chip is the compiler's choice")
+        if problem.D not in (16, 32, 64, 128, 256):
+            lines.append("Triton kernels compute with D rounded up to a power of two, 16 or more")
     yield Text("\n".join(lines), "dim")
     for row in rows:
         if row.skipped:

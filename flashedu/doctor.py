@@ -64,6 +64,7 @@ class Facts:
     torch_sees_gpu: bool = False
     torch_gpu_warning: str = ""  # what torch said when it looked for one
     triton_interpret: bool = False
+    triton_compile_only: bool = False
     rungs: Sequence[tuple[str, str, str | None]] = ()  # name, framework, why it cannot run
 
 
@@ -216,6 +217,9 @@ def _triton_with_torch(facts: Facts, found: str) -> Finding:
 
 def _triton_mode(facts: Facts) -> Finding:
     name = "Triton kernels"
+    if facts.triton_compile_only:
+        found = "only compiled: TRITON_INTERPRET=0, and torch sees no GPU"
+        return Finding(name, found, "note", "unset it to interpret them on the CPU")
     if facts.triton_interpret:
         found = "interpreted: TRITON_INTERPRET is set"
         if not facts.torch_sees_gpu:
@@ -231,14 +235,14 @@ def _triton_traps(facts: Facts, found: str) -> list[Finding]:
     findings = []
     interpreted = facts.triton_interpret or not facts.torch_sees_gpu
     numpy = facts.versions.get("numpy", "0")
-    if interpreted and _version(found)[:2] == (3, 6) and _version(numpy) >= (2, 4):
+    if _version(found)[:2] == (3, 6) and _version(numpy) >= (2, 4):  # a GPU machine counts so too
         findings.append(Finding(
             "Triton interpreter",
             f"triton {found} with NumPy {numpy}: masked loads and stores fail (triton #9171)",
             "problem",
             'pip install "numpy<2.4", or triton 3.7 with the torch that goes with it',
         ))  # fmt: skip
-    if interpreted:
+    if interpreted and not facts.triton_compile_only:
         findings.append(Finding(
             "bfloat16 in Triton",
             "float32 stands in for it in the stages: interpreted, it is wrong (triton #11584)",
@@ -313,6 +317,7 @@ def look() -> Facts:
         torch_sees_gpu=sees_gpu,
         torch_gpu_warning=warning,
         triton_interpret=_interpret(),
+        triton_compile_only=_compile_only(),
         rungs=_this_ladder(),
     )
 
@@ -337,6 +342,11 @@ def _import_error(name: str) -> str | None:
 
 def _interpret() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _compile_only() -> bool:
+    mode = sys.modules.get("flashedu.stages.triton_mode")
+    return bool(mode and mode.COMPILE_ONLY)
 
 
 def _cards(torch: Any) -> tuple[Card, ...]:
@@ -371,4 +381,8 @@ def read_nvidia_smi(text: str) -> tuple[Card, ...]:
 def _this_ladder() -> tuple[tuple[str, str, str | None], ...]:
     from flashedu.stages import LADDER
 
-    return tuple((rung.name, rung.framework, rung.missing()) for rung in LADDER)
+    only = "TRITON_INTERPRET=0 only compiles kernels where there is no GPU: unset it"
+    return tuple(
+        (rung.name, rung.framework, only if rung.is_triton and _compile_only() else rung.missing())
+        for rung in LADDER
+    )

@@ -206,15 +206,19 @@ source(flash1.forward_kernel.fn)
 # - q, k, v and o come as **tensor descriptors**: address, shape and strides of a tensor, and the shape of a tile.
 #   `K.load([b, h, j, 0])` loads the tile whose first row is j. What lies beyond the tensor reads as 0 and is not
 #   written, so no mask is needed. O_F32, M, L and LSE are plain pointers, with masks.
+# - `tiles_of` (on the host) or `in_tiles` (here, on cards before Hopper) makes the descriptors. A loaded tile has the
+#   shape (1, 1, rows, COLUMNS), and `reshape` drops the ones. `COLUMNS` is D rounded up to a power of two.
+# - `GROUP` query heads share a key head, so head h reads key head h // GROUP.
 # - The first loop sets o, m and l to what they are before any key: 0, the lowest number, and 0.
 # - The loops over j and i are those of Figure 2. `tl.dot` is the product of two tiles, which an SM does on its
-#   tensor cores if they are float16. `_elements` gives the offsets and the mask of the rows of a tile.
+#   tensor cores if they are float16; `"ieee"` asks for true float32 if they are float32 (chapter 09). `_elements` gives the offsets and the mask of the rows of a tile.
 # - Keys beyond Nk read as 0, and so would have a score of 0. They get −∞ instead, as hidden keys do.
 # - A program is run by many threads. `tl.debug_barrier` makes them wait for each other: what one
 #   thread stored, another may load next.
 # - The last loop rounds o to the inputs' dtype, and writes lse = m + log l.
 #
 # The host function makes room for o, m and l in float32, and starts B · H programs, on the card that q is on.
+# `num_warps` says how many warps run a program, and `num_stages` how many loads are under way at a time.
 
 # %%
 source(flash1.forward)

@@ -50,9 +50,10 @@ print(f"flash1 runs {real.H} programs on the {gpu('h200').sm_count} SMs of an H2
 #                 update m, l, o, in HBM              store o
 #
 # A reminder of terms. The **grid** says how many programs there are, here query tiles · heads · batches, and
-# `tl.program_id` tells a program which one it is. `in_tiles` makes Q, K, V and O **descriptors**:
-# `K.load([b, h, j, 0])` loads the tile that begins at row j. A `tl.constexpr` is known when the kernel is
-# compiled.
+# `tl.program_id` tells a program which one it is. Q, K, V and O are **descriptors** (made by
+# the host, or by `in_tiles` on cards before Hopper): `K.load([b, h, j, 0])` loads the tile that begins at row j.
+# A `tl.constexpr` is known when the kernel is compiled. `tl.static_range(2)` is a loop that the compiler writes
+# out twice, so that MASKED is a constant in each copy.
 
 # %%
 source(flash2.forward_kernel.fn)
@@ -241,8 +242,9 @@ fig = plots.busy_sms(
 #
 # With a causal mask, query n sees the keys 0 to n. A tile of S is then one of three kinds: all of it is
 # visible, none of it is, or the diagonal crosses it. The kernel does not load a tile of the second kind. And
-# it computes a mask for the third kind only: that is why its loop over `MASKED` runs twice. `MASKED` is known
-# at compile time, so the first of the two loops holds no mask at all.
+# it computes a mask for the third kind only (and for a last tile that reaches beyond the keys): that is why its
+# loop over `MASKED` runs twice. `MASKED` is known at compile time, so the first of the two loops holds no mask at
+# all.
 
 # %%
 source(flash2._keys_seen.fn)
@@ -298,7 +300,8 @@ source(flash2._tile_and_head.fn)
 
 # %% [markdown]
 # What does that buy? A model, not a measurement: each SM runs one program at a time, and a tile takes one
-# unit of time. N = 16,384, four heads, tiles of 128 × 64: 512 programs.
+# unit of time. N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after head, and within a head from
+# the shortest on, or from the longest.
 
 
 # %%
@@ -346,8 +349,8 @@ print(f"products in float16 to other float32 arithmetic: {ratio:.0f} to 1")
 # So FlashAttention-2 also saves work there. The output is divided by l once, at the end; `flash1` keeps it
 # normalised, and divides the whole tile at every step. From a product q k to its exponential, `flash1` takes
 # three steps: times scale, minus m, times log₂ e. `flash2` takes one, as scale · log₂ e is one number, and a GPU
-# multiplies and subtracts in one instruction. And one number a row is saved, lse, in place of m and l. By
-# formula, for one head at N = 4096, with tiles of 128 × 64:
+# multiplies and subtracts in one instruction. And for the backward it keeps one number a row, lse, where the
+# first paper kept m and l. By formula, for one head at N = 4096, with tiles of 128 × 64:
 
 # %%
 N, D, key_tiles = 4096, 64, 4096 // 64
@@ -415,7 +418,7 @@ forwards = [
     and (found.case.dtype, found.case.causal) == ("float16", False)
     and found.case.D in (64, 128)
 ]
-columns = "D, N from, tile, threads, registers, spilled, shared memory, programs"
+columns = "D, compiled at N, tile, threads, registers, spilled, shared memory, programs"
 table(
     {"card": card.name} | {name: row[name] for name in columns.split(", ")}
     for card in (gpu("a100-80"), h200, gpu("b200"))
@@ -426,9 +429,9 @@ table(
 # The last column is how many programs an SM can hold at a time. (The tiles of the H200 were the fastest of some
 # ten. Those of the other cards were never timed.)
 #
-# Take the row of the H200 with D = 64 from N = 4096 on. Its SRAM can be predicted: q_i takes 64 · 64 · 2 bytes,
-# and k_j and v_j take 128 · 64 · 2 each. The loads run ahead of the arithmetic, so that three pairs of them are
-# there at a time (`num_stages`):
+# Take the second row of the H200 with D = 64, whose tile is for more than 1024 keys. Its SRAM can be predicted:
+# q_i takes 64 · 64 · 2 bytes, and k_j and v_j take 128 · 64 · 2 each. The loads run ahead of the arithmetic, so
+# that three pairs of them are there at a time (`num_stages`):
 
 # %%
 (found,) = (
@@ -445,9 +448,11 @@ registers = 65536 // (-(-found.registers // 8) * 8 * found.threads)
 print(f"programs on an SM: {sram} by shared memory, {registers} by registers")
 
 # %% [markdown]
+# The rest is the compiler's own.
+#
 # Larger tiles move fewer bytes, but fewer programs fit an SM, and an SM with one program has nothing else to do
-# while that waits for a load. With two programs on each SM, 264 run at a time on an H200. All that we said of 132
-# above holds with 264 too; what changes is the number of waves.
+# while that waits for a load. With two programs on each SM, 264 run at a time on an H200. Then there are half as
+# many waves, and 512 programs are hardly two for each place: even in the right order some SMs wait at the end.
 #
 # ## Is it right?
 #

@@ -3,7 +3,7 @@
 #
 # **Claim.** Two kernels, no atomics: each gradient has one owner. P is computed twice for that.
 #
-# Before: [06 · FlashAttention-2](06_flash2.ipynb). Next: 08 · How fast.
+# Before: [06 · FlashAttention-2](06_flash2.ipynb). Next: 08 · How fast (not written yet).
 
 # %%
 import math
@@ -230,9 +230,9 @@ table(
 )
 
 # %% [markdown]
-# More products, and fewer bytes. In `online`, float32 sums of dq went both ways for each key tile, 8 bytes a
+# More products, and fewer bytes (in float16, with square tiles). In `online`, float32 sums of dq went both ways for each key tile, 8 bytes a
 # number. In `flash2` the dq kernel loads k and v for each query tile, 4 bytes for both. And no kernel rounds
-# dq_sum at the end.
+# dq_sum at the end. In float32, k and v take 8 bytes too, and the gain is gone.
 #
 # ## Counted against predicted
 
@@ -278,8 +278,9 @@ fig = plots.traffic(
 )
 
 # %% [markdown]
-# *Figure 2. `online` reads and writes the sum of dq again and again, in float32. The two kernels read q and do,
-# or k and v, once more instead, and write each gradient once.*
+# *Figure 2. `online` reads and writes the sum of dq for each key tile, in float32. `flash2 dkdv` reads q and do as
+# often as `online` does. In place of that sum, `flash2 dq` reads k and v for each query tile. Each gradient is
+# written once.*
 #
 # Each kernel can have tiles of its own. dkdv moves less with more keys in a tile, and dq with more queries. By
 # the closed forms, which hold at any size, at N = 4096 and D = 64:
@@ -406,15 +407,25 @@ kernels = [
     and found.case.D in (64, 128)
     and found.kernel != "delta_kernel"
 ]
-shown = ("kernel", "D", "N from", "tile", "threads", "registers", "spilled", "programs")
+shown = (
+    "kernel",
+    "D",
+    "compiled at N",
+    "tile",
+    "threads",
+    "registers",
+    "spilled",
+    "programs",
+)
 table(
     {name: row[name] for name in shown} for row in compiled.table(kernels, gpu("h200"))
 )
 
 # %% [markdown]
-# dkdv takes all 255 registers and spills. Fewer keys in its tile would cost traffic, and more threads would leave
-# fewer programs on an SM. Such choices are made by trying: these tiles were the fastest of some ten. The tiles
-# that move the fewest bytes are not always those that fit. (On a B200, sums of products have a memory of their
+# Where a thread takes all 255 registers, a little is spilled. Fewer keys in dkdv's tile would cost traffic, more
+# threads would leave one program on an SM in place of two, and fewer queries would cost nothing that we can count.
+# Still these tiles were the fastest of some ten: such choices are made by trying. The tiles that move the fewest
+# bytes are not always those that fit. (On a B200, sums of products have a memory of their
 # own, and the tables look different.)
 #
 # ## Is it right?
@@ -466,7 +477,7 @@ print("all gradients are finite:", all(x.grad.isfinite().all().item() for x in l
 # ## Takeaway
 #
 # **A program owns what it stores. dk and dv belong to a key tile, dq to a query tile, and P is computed for
-# each: seven products in place of five, fewer bytes, no atomics, and the same bits each time.** This is a
+# each: seven products in place of five, no atomics, the same bits each time, and no float32 sum in HBM.** This is a
 # complete FlashAttention-2, for training too. What we do not know yet is how fast it is.
 #
 # ## Exercises

@@ -3,7 +3,8 @@
 #
 # **Claim.** Two right answers differ, and an error budget says by how much.
 #
-# Before: 08 · How fast. Next: 10 · Decode.
+# Before: [07 · The backward kernels](07_flash2_backward.ipynb). (08 · How fast, and 10 · Decode, are not written
+# yet.)
 
 # %%
 import inspect
@@ -131,8 +132,8 @@ fig = plots.two_answers(
 #
 # $x_{64}$ is the oracle, in float64. $x_\text{plain}$ is the plain formula in the precision of the inputs. ε is
 # the step from 1 to the next number of that precision: a rounding is off by at most half of it, relative to
-# the number. So the last term is four roundings, of the result and of the float32 sums behind it, whose terms
-# have the size $t$. It is there for rows in which the plain formula is lucky.
+# the number. So the last term allows four steps, twice what four roundings can lose, of the result and of the
+# float32 sums behind it, whose terms have the size $t$. (lse is float32 always, and so is its yardstick.) It is there for rows in which the plain formula is lucky.
 #
 # `flashedu.testing.errors` gives both sides for each result:
 
@@ -455,8 +456,8 @@ print("o =", o[0, 0, 0, 0].item(), "and should be 1")
 #
 # ## The same bits, each time?
 #
-# The order of the additions is the only thing that differed above. A program with a fixed order therefore gives
-# the same bits each time: it is **deterministic**.
+# What differed above was which operations were done, and in which order. A program that fixes both gives the same
+# bits each time: it is **deterministic**.
 
 # %%
 inputs = draw(problem, framework="torch")[:3]
@@ -523,7 +524,7 @@ for dtype in ("float64", "float32", "float16", "bfloat16"):
 # With `atol=1e-3`, normal inputs expose nothing: the table above says that every result passes. "Peaked",
 # "large" and "rising" do. TF32 moves a score s by about |s| · 2⁻¹¹, and the weight by the same *relative* amount,
 # so large scores make a large absolute error: o is off by some 1e-2 when peaked and by some 1e-1 when large. But a
-# right float16 kernel fails there as well.
+# right float16 kernel fails there as well: its o when peaked, and its gradients in all three.
 #
 # To the budget, "normal" exposes dk best: some ten times over. The budget grows with the scores, as
 # float32's own error does, and for "large" and "rising" it lets this dk pass. No one family is enough: a suite needs several,

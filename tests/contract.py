@@ -287,7 +287,7 @@ def check_every_head_size_is_right(subject: Subject) -> None:
 
 
 def check_any_scale_is_right(subject: Subject) -> None:
-    scales, sizes = (0.3, 1, 0, -0.5, np.float32(0.7)), tuple(small(subject))
+    scales, sizes = (0.3, 1, 0, -0.5, np.float32(0.7), -1e-40), tuple(small(subject))
     turns = zip(scales, sizes, strict=False) if subject.slow else itertools.product(scales, sizes)
     for scale, p in turns:
         subject.assert_right(p, subject.draw(p), "o lse dq dk dv", scale=scale)
@@ -684,7 +684,7 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
         add(f"scale = {scale!r}", {"scale": scale}, TypeError, "scale must", "None",
             f"got {scale!r}")  # fmt: skip
     add("scale too large", {"scale": 10**400}, ValueError, "scale must", "None", "got 1000")
-    for scale in (float("nan"), float("inf"), float("-inf")):
+    for scale in (float("nan"), float("inf"), float("-inf"), 1e39):
         add(f"scale = {scale}", {"scale": scale}, ValueError, "scale must", "None", f"got {scale}")
     if subject.tile_sizes:
         wanted = "1 or more" if subject.tile_sizes == ANY_TILES else "one of 16, 32, 64, 128, 256"

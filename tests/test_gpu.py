@@ -42,10 +42,11 @@ def drawn(p: Problem, family: str = "normal") -> tuple[torch.Tensor, ...]:
     return tuple(x.cuda() for x in draw(p, family, framework="torch"))
 
 
-def random(*shape: int) -> torch.Tensor:
-    """bfloat16, drawn on the card: too large to be drawn elsewhere."""
+def random(count: int, *shape: int) -> list[torch.Tensor]:
+    """Different ones, in bfloat16, drawn on the card: too large to be drawn elsewhere."""
     generator = torch.Generator("cuda").manual_seed(0)
-    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    return [torch.randn(shape, **options) for _ in range(count)]
 
 
 def for_a_card(r: Rung) -> list[str]:
@@ -135,7 +136,7 @@ def test_a_watched_tile_comes_to_the_host() -> None:
 def test_long_sequences_are_right(N: int, D: int, causal: bool) -> None:
     """The last 32 queries, as a problem of their own: do is 0 for all others, so that they alone
     make dk and dv."""
-    q, k, v, do = (random(1, 2, N, D) for _ in range(4))
+    q, k, v, do = random(4, 1, 2, N, D)
     q = 3 * q  # a peaked softmax
     do[:, :, :-32] = 0
     got = run("flash2", q, k, v, do, causal=causal)
@@ -148,9 +149,9 @@ def test_long_sequences_are_right(N: int, D: int, causal: bool) -> None:
 def test_tensors_of_more_than_2_to_the_31_elements_are_right(stage: str) -> None:
     """The last head lies beyond what 32 bits can address, in each tensor."""
     B, H, N, D = 17, 128, 8192, 128
-    q, k, v = (random(B, H, N, D) for _ in range(3))
+    q, k, v, do = random(4, B, H, N, D)
     assert q.numel() > 2**31
-    do = random(B, H, N, D) if rung(stage).backward else None
+    do = do if rung(stage).backward else None
     if do is None:
         got = Reference(*rung(stage).load().attention_with_lse(q, k, v, causal=True))
     else:
@@ -201,7 +202,8 @@ def test_a_tensor_on_another_card_is_taken_there() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.filterwarnings("default")  # torch.compile warns, by version
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_torch_compile_gives_the_same_bits(dtype: str) -> None:
     inputs = drawn(P.replace(dtype=dtype))
     flash2 = rung("flash2").load()
@@ -241,7 +243,7 @@ def test_a_cuda_graph_replays_it() -> None:
 def test_tiles_that_do_not_fit_the_card_get_a_sentence() -> None:
     q, k, v, _ = drawn(P.replace(D=256, dtype="float32"))
     with pytest.raises(ValueError, match="block_q and block_k must be smaller on this card"):
-        rung("flash2").load().attention(q, k, v, block_q=256, block_k=256)
+        rung("flash2").load().attention(q, k, v, block_q=256, block_k=16)  # q alone: 256 KiB
 
 
 # memory
@@ -249,7 +251,7 @@ def test_tiles_that_do_not_fit_the_card_get_a_sentence() -> None:
 
 def peak_bytes(N: int) -> int:
     """Beside the inputs, forward and backward."""
-    q, k, v, do = (random(1, 16, N, 64) for _ in range(4))
+    q, k, v, do = random(4, 1, 16, N, 64)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

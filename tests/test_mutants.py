@@ -291,7 +291,7 @@ MUTANTS = [
     Mutant("flash2", "scale is 1/D", OUTPUTS,
            "scale_log2 = scale * LOG2E", "scale_log2 = LOG2E / COLUMNS"),
     Mutant("flash2", "a negative scale reaches the kernels", ANY_SCALE,
-           "    if scale <= 0:", "    if False:"),
+           "    if scale < TINY:", "    if False:"),
     Mutant("flash2", "keys that do not fill a tile are left out", OUTPUTS,
            "return by_all // BLOCK_K * BLOCK_K, by_any",
            "return by_all // BLOCK_K * BLOCK_K, by_any // BLOCK_K * BLOCK_K"),

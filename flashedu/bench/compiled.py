@@ -149,7 +149,7 @@ def table(kernels: Iterable[Compiled], card: GPU) -> list[dict[str, Any]]:
     """The SRAM budget: a row for each kernel that was compiled for `card`.
 
     Registers and spilled bytes are those of a thread, shared memory that of a program; programs is
-    how many run on an SM at a time. N from: this row holds up to the N of the next of its kind.
+    how many run on an SM at a time. Tiles may depend on N: each has a row, for one N that takes it.
     """
     rows: list[dict[str, Any]] = []
     for found in kernels:
@@ -160,7 +160,7 @@ def table(kernels: Iterable[Compiled], card: GPU) -> list[dict[str, Any]]:
             "D": found.case.D,
             "dtype": found.case.dtype,
             "causal": found.case.causal,
-            "N from": found.case.N,
+            "compiled at N": found.case.N,
             "tile": f"{found.block_q} × {found.block_k}" if found.block_k else f"{found.block_q}",
             "threads": found.threads,
             "registers": found.registers,
@@ -169,7 +169,7 @@ def table(kernels: Iterable[Compiled], card: GPU) -> list[dict[str, Any]]:
             "programs": found.programs_per_sm(card),
             "matrix instruction": found.matrix_instruction or "none",
         }
-        if all({**row, "N from": other["N from"]} != other for other in rows):
+        if all({**row, "compiled at N": other["compiled at N"]} != other for other in rows):
             rows.append(row)
     return rows
 

@@ -12,6 +12,7 @@ import numpy as np
 from flashedu.memory.problem import Problem
 
 MAX_D = 256
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check(
@@ -74,6 +75,8 @@ def check(
         raise TypeError(f"scale must be a number, or None for 1/√D, got {scale!r}")
     elif not _finite(scale):
         raise ValueError(f"scale must be finite, or None for 1/√D, got {scale}")
+    elif abs(scale) > FLOAT32_MAX:
+        raise ValueError(f"scale must fit float32, or be None for 1/√D, got {scale}")
 
     problem = Problem(
         B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=bool(causal),

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no key gives 0
+TINY = torch.finfo(torch.float32).tiny
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 DELTA_ROWS = 64
@@ -68,8 +69,8 @@ def attention_with_lse(
     triton_mode.check("flash2", q, machine)
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
-    if scale <= 0:  # the kernels want a positive one
-        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
+    if scale < TINY:  # the kernels want a positive one
+        q, scale = (-q, -scale) if scale <= -TINY else (0 * q, 1.0)
     if machine is None and torch.compiler.is_compiling():
         return flash2_op(q, k, v, problem.causal, scale, block_q or 0, block_k or 0)
     tiles = tiles_for_call(q, problem, block_q, block_k)

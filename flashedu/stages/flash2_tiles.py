@@ -19,7 +19,9 @@ class Tile(NamedTuple):
 
     def sized(self, block_q: int | None, block_k: int | None) -> Tile:
         """With the caller's sizes, where there are any."""
-        return self._replace(block_q=block_q or self.block_q, block_k=block_k or self.block_k)
+        return self._replace(
+            block_q=int(block_q or self.block_q), block_k=int(block_k or self.block_k)
+        )
 
 
 class Tiles(NamedTuple):
