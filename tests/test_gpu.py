@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs an NVIDIA GPU; torch sees none"
     ),
+    # Of the first product in a fresh process: harmless.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 
 ON_A_CARD = [r for r in LADDER if r.framework == "torch" and r.missing() is None]
