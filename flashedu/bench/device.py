@@ -17,7 +17,8 @@ import flashedu
 from flashedu.bench.record import CHECKOUT
 from flashedu.memory import Problem
 
-FLUSH_BYTES = 512 * 2**20  # far more than any L2; and some 0.1 ms, in which the host runs ahead
+FLUSH_BYTES = 512 * 2**20  # far more than any L2
+AHEAD_CYCLES = 6_000_000  # 3 ms at 2 GHz: longer than any peer's launches
 STATE = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
 
 
@@ -49,13 +50,15 @@ class Cuda:
     def seconds(self, call: Callable[[], None], *, wait: bool) -> float:
         """Seconds of one call, with a cold L2.
 
-        `wait`: let the GPU go idle first, so that the host's launches count. Without, the host has
-        run ahead while the L2 was flushed.
+        `wait`: let the GPU go idle first, so that the host's launches count. Without, the GPU is
+        kept busy until the host has run ahead, as it does in a model of many layers.
         """
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         if wait:
             torch.cuda.synchronize()
+        else:
+            torch.cuda._sleep(AHEAD_CYCLES)
         start.record()
         call()
         stop.record()

@@ -91,7 +91,12 @@ def capability(x: torch.Tensor) -> tuple[int, int] | None:
     if COMPILE_ONLY:
         major, minor = divmod(driver.active.get_current_target().arch, 10)
         return major, minor
-    return torch.cuda.get_device_capability(x.device)
+    return _capability(x.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def has_tma(x: torch.Tensor) -> bool:
