@@ -439,7 +439,7 @@ print(measured.label)
 fig = plots.speed(measured, 64, "Two more products, and still ahead of SDPA flash")
 
 # %% [markdown]
-# *Figure 3. Right: the backward, at D = 64. SDPA flash is FlashAttention-2 in CUDA, with atomics and five products.
+# *Figure 3. The lower row is the backward, at D = 64. SDPA flash is FlashAttention-2 in CUDA, with atomics and five products.
 # `flash2` computes seven, without atomics, and is faster all the same; cuDNN stays ahead.*
 #
 # ## Is it right?
