@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from unittest import mock
 
@@ -165,6 +167,21 @@ def test_where_kernels_are_compiled_the_ladder_counts_in_a_process_that_interpre
         machine = ladder.count("flash2", P, trace=True, backward=True)
     assert machine.counted == cost.flash2(P) + cost.flash2_backward(P)
     assert machine.trace == ladder.count("flash2", P, trace=True, backward=True).trace
+
+
+def test_a_plain_script_is_not_run_again_for_it(tmp_path) -> None:
+    """Nor does it need a guard: `if __name__ == "__main__":`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from flashedu import ladder\n"
+        "from flashedu.memory import Problem\n"
+        "from flashedu.stages import triton_mode\n"
+        "triton_mode.INTERPRETED = False\n"
+        "p = Problem(Nq=16, D=16, block_q=16, block_k=16)\n"
+        "print(ladder.count('flash2', p).programs)\n"
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "{'flash2': 1}\n"), ran.stderr
 
 
 def test_a_problem_that_a_kernel_cannot_take_gets_a_sentence() -> None:

@@ -75,13 +75,19 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def interpreting(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`; where kernels are compiled, in a process that interprets them instead."""
+    """`function(*args)`; where kernels are compiled, in a process that interprets them instead.
+
+    `function` is one of a module, not of the user's script: that is not run again there.
+    """
     if INTERPRETED:
         return function(*args)
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as interpreter:
-            return interpreter.submit(function, *args).result()
+    script, spawn = sys.modules["__main__"], multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.multiple(script, __spec__=None, __file__=None, create=True),
+        ProcessPoolExecutor(1, mp_context=spawn) as interpreter,
+    ):
+        return interpreter.submit(function, *args).result()
 
 
 def capability(x: torch.Tensor) -> tuple[int, int] | None:
