@@ -256,8 +256,8 @@ def test_a_long_wrong_value_is_cut_short(capsys) -> None:
 
 
 def test_the_known_names_are_those_of_the_package() -> None:
-    assert cli.GPU_KEYS.split(", ") == [card.key for card in GPUS]
-    assert cli.DTYPES.split(", ") == sorted(ITEM_BYTES, key=list(ITEM_BYTES).index)
+    assert cli.ladder.GPU_KEYS.split(", ") == [card.key for card in GPUS]
+    assert cli.ladder.DTYPES.split(", ") == sorted(ITEM_BYTES, key=list(ITEM_BYTES).index)
 
 
 def test_an_n_too_large_for_this_machine_names_one_that_fits(capsys, monkeypatch) -> None:

@@ -1,0 +1,201 @@
+"""`flashedu bench`: measure on a GPU, record it, and show what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashedu.cli.options import (
+    Group,
+    Refused,
+    Stopped,
+    given,
+    head_size,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
+from flashedu.cli.output import print_parts, progress, write
+
+bench = typer.Typer(cls=Group, add_completion=False)
+
+BENCH_SECTIONS = "speed, flash1, memory, standard, short"  # bench.cases, without its imports
+BENCH_PEERS = "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math"
+BENCH_PASSES = "fwd, bwd, both"
+GPU_DTYPES = "bfloat16, float16, float32"
+
+
+_DTYPE = typer.Option("--dtype", help=f"{GPU_DTYPES}.", parser=one_of(GPU_DTYPES), metavar="DTYPE")
+_ROUNDS = typer.Option("--rounds", help="Timings of each.", parser=whole, metavar="INTEGER")
+_CAUSAL = typer.Option("--causal", help="With the causal mask only.")
+_FULL = typer.Option("--full", help="Without a mask only.")
+_OUT = typer.Option("--out", help="The record's file, a new one.", metavar="FILE")
+_COMMIT = typer.Option("--commit", help="The commit to record, where there is no git.")
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(
+    ctx: typer.Context,
+    d: Annotated[Any, list_of("--d", "Head sizes of the speed section; 64,128.", head_size)] = None,
+    n: Annotated[Any, list_of("--n", "Lengths there; 512,1024,4096,16384.")] = None,
+    causal: Annotated[bool, _CAUSAL] = False,
+    full: Annotated[bool, _FULL] = False,
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    passes: Annotated[
+        Any, list_of("--passes", f"Of {BENCH_PASSES}; fwd,bwd.", one_of(BENCH_PASSES))
+    ] = None,
+    tokens: Annotated[int, number("--tokens", "Batches times length.")] = 16384,
+    rounds: Annotated[int, _ROUNDS] = 20,
+    peers: Annotated[
+        Any, list_of("--peers", f"Of {BENCH_PEERS}; all but the last.", one_of(BENCH_PEERS))
+    ] = None,
+    sections: Annotated[
+        Any, list_of("--sections", f"Of {BENCH_SECTIONS}; all.", one_of(BENCH_SECTIONS))
+    ] = None,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
+    ] = False,
+) -> None:
+    """Time the kernels on a GPU beside PyTorch's, and record it; show what was recorded.
+
+    Each result is checked against float64 before it is timed.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    device = _measuring_device("bench")
+    from flashedu.bench.cases import Choice, plan
+    from flashedu.bench.peers import PEERS
+    from flashedu.bench.run import run
+
+    n = n or ((512, 1024) if quick else None)
+    rounds = 3 if quick else rounds
+    given = {"d": d, "n": n, "passes": passes, "peers": peers, "causal": _masks(causal, full)}
+    choice = Choice(
+        dtype=dtype, tokens=tokens, quick=quick,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    cases = plan(choice, sections or tuple(BENCH_SECTIONS.split(", ")))
+    with progress() as on_case:
+        steps = run(cases, {p.name: p for p in PEERS}, device, rounds=rounds, on_case=on_case)
+        head = {"quick": quick, "rounds": rounds, "planned": len(cases)}
+        path = _record_run("attention", device, steps, out, commit, head)
+    _show_record(path)
+
+
+@bench.command()
+def tune(
+    d: Annotated[Any, list_of("--d", "Head sizes; 64,128.", head_size)] = None,
+    n: Annotated[Any, list_of("--n", "Lengths; 1024,4096,16384.")] = None,
+    causal: Annotated[bool, _CAUSAL] = False,
+    full: Annotated[bool, _FULL] = False,
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    tokens: Annotated[int, number("--tokens", "Batches times length.")] = 16384,
+    rounds: Annotated[int, _ROUNDS] = 10,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Find the fastest tiles for flash2's kernels on this GPU, and record all timings."""
+    device = _measuring_device("bench tune")
+    from flashedu.bench.cases import Choice, shape
+    from flashedu.bench.tune import CANDIDATES
+    from flashedu.bench.tune import tune as try_all
+
+    choice = Choice(dtype=dtype, tokens=tokens)
+    problems = [
+        shape(choice, length, size, mask)
+        for size in d or (64, 128)
+        for mask in _masks(causal, full)
+        for length in n or (1024, 4096, 16384)
+    ]
+    with progress() as on_case:
+        steps = try_all(problems, device, rounds=rounds, on_case=on_case)
+        head = {"quick": False, "rounds": rounds, "planned": len(problems) * len(CANDIDATES)}
+        path = _record_run("tiles", device, steps, out, commit, head)
+    _show_record(path)
+
+
+@bench.command()
+def show(
+    file: Annotated[
+        str | None, typer.Argument(help="A record; the newest if not given.", metavar="[FILE]")
+    ] = None,
+    png: Annotated[
+        str | None, typer.Option("--png", help="Draw it into this file.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Print a record as tables; draw its figures."""
+    _show_record(file, png)
+
+
+def _measuring_device(command: str) -> Any:
+    try:
+        from flashedu.bench import device
+    except ModuleNotFoundError as error:
+        raise Stopped(f"flashedu {command}: needs {error.name}: pip install {error.name}") from None
+    if reason := device.why_not():
+        raise Stopped(f"flashedu {command}: {reason}{_recorded()}")
+    return device.Cuda()
+
+
+def _recorded() -> str:
+    from flashedu.bench import record
+
+    try:
+        record.latest()
+    except record.NoRecord:
+        return ""
+    return "; flashedu bench show prints what was recorded"
+
+
+def _masks(causal: bool, full: bool) -> tuple[bool, ...]:
+    return (False, True) if causal == full else (causal,)
+
+
+def _record_run(
+    kind: str, device: Any, steps: Iterable[Any], out: str | None, commit: str | None, head: Any
+) -> str:
+    """Write the steps into a new record as they come; the path of it."""
+    import tempfile
+
+    from flashedu.bench.device import provenance
+    from flashedu.bench.record import Writer, new_path
+
+    command = " ".join(["flashedu", *given]).replace(out or "\0", Path(out or "").name)
+    facts = {"kind": kind, **provenance(device, command, commit), **head}
+    path = Path(out) if out else new_path(kind, facts["card"], facts["date"])
+    if head["quick"] and not out:
+        path = Path(tempfile.mkdtemp()) / path.name
+    try:
+        writer = Writer(path, facts)
+    except OSError as error:
+        why = "is there already" if isinstance(error, FileExistsError) else error.strerror
+        raise Refused(f"flashedu bench: --out {path}: {why}; a new file would do") from None
+    for step in steps:
+        writer.add(step)
+    writer.finish(after=device.state())
+    return str(path)
+
+
+def _show_record(file: str | None, png: str | None = None) -> None:
+    from flashedu.bench import record, show
+
+    try:
+        found = record.load(file) if file else record.latest()
+    except record.NoRecord as error:
+        raise Stopped(f"flashedu bench show: {error}") from None
+    print_parts(show.tables(found))
+    if png:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        try:
+            written = show.save(show.figures(found), Path(png))
+        except OSError as error:
+            raise Stopped(f"flashedu bench show: --png {png}: {error.strerror}") from None
+        write("".join(f"{path}\n" for path in written) or "This record has no figure.\n")
