@@ -14,14 +14,18 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "benchmarks" / "results"
+TIMED = ("seconds", "median_s", "p10_s", "p90_s", "extra_bytes")
 HEAD = ("date", "card", "torch", "triton", "cuda", "driver", "sm_count", "compute_capability",
         "quick", "planned", "cases")  # fmt: skip
 CASE = ("section", "B", "H", "N", "D", "dtype", "causal", "runs")
-RUN = ("why", "seconds", "median_s", "p10_s", "p90_s", "extra_bytes")
-MORE = {  # of a case, and of a run
-    "attention": (("pass", "mode"), ("peer", "errors", "tflops", "times_as_fast_as")),
-    "tiles": (("columns", "item_bytes", "best"), ("tile",)),
-}
+MORE = {  # kind of a record → what its cases have beside CASE, and what their runs have
+    "attention": (("pass", "mode"), (*TIMED, "why", "peer", "errors", "tflops",
+                                     "times_as_fast_as")),
+    "tiles": (("columns", "item_bytes", "best"), (*TIMED, "why", "tile")),
+    "traffic": (("pass", "peer", "why"), ("kernel", "launched", "tile", "closed_form", "counted",
+                                          "l2_to_sm_bytes", "sm_to_l2_bytes", "dram_read_bytes",
+                                          "dram_write_bytes")),
+}  # fmt: skip
 
 
 class NoRecord(ValueError):
@@ -72,11 +76,17 @@ def load(path: str | Path) -> Record:
     return Record(Path(path), data)
 
 
-def latest(section: str | None = None, *, card: str = "", folder: Path | None = None) -> Record:
+def latest(
+    section: str | None = None,
+    *,
+    kind: str | None = None,
+    card: str = "",
+    folder: Path | None = None,
+) -> Record:
     """The newest record, of a full run, that has cases of that section; None takes any.
 
-    `card`: a part of the card's name. `folder`: None for the checkout's. Raises NoRecord if there
-    is none.
+    `kind`: of the record, one of MORE. `card`: a part of the card's name. `folder`: None for the
+    checkout's. Raises NoRecord if there is none.
     """
     folder = folder or RESULTS
     found = [
@@ -84,10 +94,11 @@ def latest(section: str | None = None, *, card: str = "", folder: Path | None = 
         for record in _all(folder)
         if card.lower() in record.data["card"].lower()
         and not record.data["quick"]
+        and kind in (None, record.data["kind"])
         and (section is None or record.cases(section))
     ]
     if not found:
-        what = " of ".join(filter(None, (f"section {section!r}" if section else "", card)))
+        what = " of ".join(filter(None, (f"section {section!r}" if section else kind, card)))
         raise NoRecord(
             f"no record of flashedu bench{f', {what},' if what else ''} in {folder}; "
             "`flashedu bench` makes one on a GPU"
@@ -111,7 +122,7 @@ def _check(data: Any) -> None:
     for case in data["cases"]:
         _has(case, CASE + of_case)
         for run in case["runs"]:
-            _has(run, RUN + of_run)
+            _has(run, of_run)
 
 
 def _has(part: Any, names: Iterable[str]) -> None:

@@ -30,6 +30,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "tiles":
         yield from _tiles(record)
         return
+    if data["kind"] == "traffic":
+        yield from _traffic(record)
+        return
     fwd_bwd = ("D", "causal", "pass")
     yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
     yield from _section(record, "flash1", ("causal", "N"), {"B·H": _heads}, _rate, ("flash1",))
@@ -162,6 +165,48 @@ def _tiles(record: Record) -> Iterator[RenderableType]:
         if len(cases) == 3 and all(case["best"] for case in cases):
             tiles = ", ".join(f"Tile{tuple(case['best'])}" for case in cases)
             yield Text(f"{key}: Tiles({tiles}),")
+
+
+def _traffic(record: Record) -> Iterator[RenderableType]:
+    """Our kernels beside closed form and interpreter, then what others launched."""
+    ours, others = _table(), _table()
+    for head in ("kernel", "tile", "N", "mask", "closed form", "interpreter", "card",
+                 "card to\nclosed form", "written", "DRAM\nread", "DRAM\nwritten"):  # fmt: skip
+        ours.add_column(head, justify="left" if head in ("kernel", "mask") else "right")
+    for head in ("peer", "pass", "mask", "kernel", "L2 to SM", "SM to L2", "DRAM\nread",
+                 "DRAM\nwritten"):  # fmt: skip
+        left = head in ("peer", "pass", "mask", "kernel")
+        others.add_column(head, justify="left" if left else "right", no_wrap=left)
+    failed = []
+    for case in record.data["cases"]:
+        if case["why"]:
+            failed.append(Text(f"{case['peer']}, {case['pass']}, N {case['N']}: {case['why']}"))
+        for run in case["runs"]:
+            dram = human_bytes(run["dram_read_bytes"]), human_bytes(run["dram_write_bytes"])
+            moved = run["l2_to_sm_bytes"]
+            if run["kernel"] is None:
+                others.add_row(
+                    PEERS[case["peer"]], case["pass"], MASKS[case["causal"]], run["launched"][:34],
+                    human_bytes(moved), human_bytes(run["sm_to_l2_bytes"]), *dram,
+                )  # fmt: skip
+                continue
+            formula = run["closed_form"]["read"]
+            ours.add_row(
+                run["kernel"], "{} × {}".format(*run["tile"][:2]) if run["tile"] else "",
+                str(case["N"]), MASKS[case["causal"]], human_bytes(formula),
+                human_bytes(run["counted"]["read"]) if run["counted"] else "-",
+                human_bytes(moved), f"{moved / formula:.4f}",
+                f"{run['sm_to_l2_bytes'] / run['closed_form']['written']:.4f}", *dram,
+            )  # fmt: skip
+    yield Text("\nOur kernels: bytes from L2 into the SMs", "bold")
+    yield ours
+    yield Text(
+        "card to closed form, and written: what the card counted over what the formula says, for "
+        "bytes into the SMs and out of them."
+    )
+    yield Text("\nOthers, kernel by kernel", "bold")
+    yield others
+    yield from failed
 
 
 def _table() -> Table:

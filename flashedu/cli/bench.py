@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,6 +122,41 @@ def tune(
 
 
 @bench.command()
+def traffic(
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few and small kernels: does it still run?")
+    ] = False,
+) -> None:
+    """Read the GPU's own counters of traffic, with Nsight Compute, and record them.
+
+    Where they cannot be read, show what was recorded.
+    """
+    reason = _why_no_gpu()
+    if reason is None:
+        from flashedu.bench import traffic as counters
+        from flashedu.bench.device import Cuda
+
+        reason, wanted = counters.why_not(), counters.plan(quick)
+        head = {"quick": quick, "planned": len(wanted), **counters.provenance()}
+    if reason is None:
+        device = Cuda()
+        try:
+            with progress() as on_case:
+                steps = counters.measure(wanted, device, on_case=on_case)
+                path = _record_run("traffic", device, steps, out, commit, head)
+        except counters.Unreadable as error:
+            reason = str(error)
+        else:
+            _show_record(path)
+            return
+    print(f"flashedu bench traffic: {reason}", file=sys.stderr)
+    _show_recorded_traffic()
+    raise typer.Exit(1)
+
+
+@bench.command()
 def show(
     file: Annotated[
         str | None, typer.Argument(help="A record; the newest if not given.", metavar="[FILE]")
@@ -134,13 +170,19 @@ def show(
 
 
 def _measuring_device(command: str) -> Any:
+    if reason := _why_no_gpu():
+        raise Stopped(f"flashedu {command}: {reason}{_recorded()}")
+    from flashedu.bench.device import Cuda
+
+    return Cuda()
+
+
+def _why_no_gpu() -> str | None:
     try:
         from flashedu.bench import device
     except ModuleNotFoundError as error:
-        raise Stopped(f"flashedu {command}: needs {error.name}: pip install {error.name}") from None
-    if reason := device.why_not():
-        raise Stopped(f"flashedu {command}: {reason}{_recorded()}")
-    return device.Cuda()
+        return f"needs {error.name}: pip install {error.name}"
+    return device.why_not()
 
 
 def _recorded() -> str:
@@ -176,10 +218,23 @@ def _record_run(
     except OSError as error:
         why = "is there already" if isinstance(error, FileExistsError) else error.strerror
         raise Refused(f"flashedu bench: --out {path}: {why}; a new file would do") from None
-    for step in steps:
-        writer.add(step)
+    try:
+        for step in steps:
+            writer.add(step)
+    finally:
+        if not writer.data["cases"]:  # it never began
+            writer.path.unlink()
     writer.finish(after=device.state())
     return str(path)
+
+
+def _show_recorded_traffic() -> None:
+    from flashedu.bench import record, show
+
+    try:
+        print_parts(show.tables(record.latest(kind="traffic")))
+    except record.NoRecord as error:
+        print(f"flashedu bench traffic: {error}", file=sys.stderr)
 
 
 def _show_record(file: str | None, png: str | None = None) -> None:
