@@ -91,41 +91,44 @@ def plan(quick: bool = False) -> list[Case]:
     for causal, size in product((False, True), sizes):
         q = p.replace(causal=causal)
         found += [
-            Case("tiles", q, "fwd", "flash1", _forward(64, size)),
-            Case("tiles", q, "fwd", "flash2", _forward(size, 64)),
-            Case(
-                "tiles", q, "bwd", "flash2", Tiles(_tile(64, 64), _tile(32, size), _tile(size, 32))
-            ),
+            Case("tiles", q, "fwd", "flash1", _all(64, size)),
+            Case("tiles", q, "fwd", "flash2", _all(size, 64)),
+            Case("tiles", q, "bwd", "flash2", _backward(size)),
         ]
     for size in () if quick else (32, 128, 256):  # the other side of the tile changes nothing
         found += [
-            Case("other side", p, "fwd", "flash1", _forward(size, 64)),
-            Case("other side", p, "fwd", "flash2", _forward(64, size)),
+            Case("other side", p, "fwd", "flash1", _all(size, 64)),
+            Case("other side", p, "fwd", "flash2", _all(64, size)),
         ]
     for causal, pass_, peer in product((False, True), ("fwd", "bwd"),
                                        ("standard", "sdpa-flash", "sdpa-cudnn")):  # fmt: skip
         found.append(Case("peers", p.replace(causal=causal), pass_, peer))
     for n, causal in product(() if quick else (1000, 1023), (False, True)):
         ragged = p.replace(Nq=n, Nk=n, causal=causal)
-        square = _tile(64, 64)
         found += [
-            Case("ragged", ragged, "fwd", "flash1", _forward(64, 64)),
-            Case("ragged", ragged, "fwd", "flash2", _forward(64, 64)),
-            Case("ragged", ragged, "bwd", "flash2", Tiles(square, square, square)),
+            Case("ragged", ragged, "fwd", "flash1", _all(64, 64)),
+            Case("ragged", ragged, "fwd", "flash2", _all(64, 64)),
+            Case("ragged", ragged, "bwd", "flash2", _all(64, 64)),
         ]
     for n in () if quick else (1024, 4096, 16384, 65536, 262144):
         long = Problem(B=max(1, 16384 // n), Nq=n, D=64)
-        found.append(Case("long", long, "fwd", "flash2", _forward(128, 64)))
+        found.append(Case("long", long, "fwd", "flash2", _all(128, 64)))
     return found
 
 
-def _forward(block_q: int, block_k: int) -> Tiles:
+def _all(block_q: int, block_k: int) -> Tiles:
     return Tiles(*[_tile(block_q, block_k)] * 3)
 
 
+def _backward(size: int) -> Tiles:
+    """What stays in a program has `size` rows, what passes by has 32."""
+    return Tiles(_tile(64, 64), dkdv=_tile(32, size), dq=_tile(size, 32))
+
+
 def _tile(block_q: int, block_k: int) -> Tile:
-    """Warps enough that its float32 scores stay in registers."""
-    return Tile(block_q, block_k, warps=8 if block_q * block_k > 128 * 64 else 4)
+    """Warps enough that scores and sums, in float32, stay in registers."""
+    large = block_q * block_k > 128 * 64 or max(block_q, block_k) > 128
+    return Tile(block_q, block_k, warps=8 if large else 4)
 
 
 # what the counters should say
