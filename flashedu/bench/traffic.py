@@ -89,46 +89,42 @@ def plan(quick: bool = False) -> list[Case]:
     sizes = (64,) if quick else (32, 64, 128, 256)
     found = []
     for causal, size in product((False, True), sizes):
-        q = p.replace(causal=causal)
+        q, warps = p.replace(causal=causal), 8 if size == 256 else 4
         found += [
-            Case("tiles", q, "fwd", "flash1", _all(64, size)),
-            Case("tiles", q, "fwd", "flash2", _all(size, 64)),
-            Case("tiles", q, "bwd", "flash2", _backward(size)),
-        ]
-    for size in () if quick else (32, 128, 256):  # the other side of the tile changes nothing
-        found += [
-            Case("other side", p, "fwd", "flash1", _all(size, 64)),
-            Case("other side", p, "fwd", "flash2", _all(64, size)),
+            Case("tiles", q, "fwd", "flash1", _all(32, size)),
+            Case("tiles", q, "fwd", "flash2", _all(size, 64, warps)),
+            Case("tiles", q, "bwd", "flash2", _backward(size, warps)),
         ]
     for causal, pass_, peer in product((False, True), ("fwd", "bwd"),
                                        ("flash2", "standard", "sdpa-flash", "sdpa-cudnn")):  # fmt: skip
         found.append(Case("peers", p.replace(causal=causal), pass_, peer))
-    for n, causal in product(() if quick else (1000, 1023), (False, True)):
+    return found if quick else [*found, *_beyond(p)]
+
+
+def _beyond(p: Problem) -> Iterator[Case]:
+    """The other side of the tile, tiles that spill, sizes that no tile divides, long sequences."""
+    for block_q, warps, stages in ((64, 4, 2), (128, 8, 2), (256, 8, 1)):
+        yield Case("other side", p, "fwd", "flash1", _all(block_q, 64, warps, stages))
+    for block_k, warps in ((32, 4), (128, 4), (256, 8)):
+        yield Case("other side", p, "fwd", "flash2", _all(64, block_k, warps))
+    yield Case("spills", p, "fwd", "flash1", _all(64, 256, 8))
+    yield Case("spills", p, "bwd", "flash2", _all(128, 64))
+    for n, causal in product((1000, 1023), (False, True)):
         ragged = p.replace(Nq=n, Nk=n, causal=causal)
-        found += [
-            Case("ragged", ragged, "fwd", "flash1", _all(64, 64)),
-            Case("ragged", ragged, "fwd", "flash2", _all(64, 64)),
-            Case("ragged", ragged, "bwd", "flash2", _all(64, 64)),
-        ]
-    for n in () if quick else (1024, 4096, 16384, 65536, 262144):
+        for pass_, peer in (("fwd", "flash1"), ("fwd", "flash2"), ("bwd", "flash2")):
+            yield Case("ragged", ragged, pass_, peer, _all(64, 64))
+    for n in (1024, 4096, 16384, 65536, 262144):
         long = Problem(B=max(1, 16384 // n), Nq=n, D=64)
-        found.append(Case("long", long, "fwd", "flash2", _all(128, 64)))
-    return found
+        yield Case("long", long, "fwd", "flash2", _all(128, 64))
 
 
-def _all(block_q: int, block_k: int) -> Tiles:
-    return Tiles(*[_tile(block_q, block_k)] * 3)
+def _all(block_q: int, block_k: int, warps: int = 4, stages: int = 2) -> Tiles:
+    return Tiles(*[Tile(block_q, block_k, warps, stages)] * 3)
 
 
-def _backward(size: int) -> Tiles:
+def _backward(size: int, warps: int) -> Tiles:
     """What stays in a program has `size` rows, what passes by has 32."""
-    return Tiles(_tile(64, 64), dkdv=_tile(32, size), dq=_tile(size, 32))
-
-
-def _tile(block_q: int, block_k: int) -> Tile:
-    """Warps enough that scores and sums, in float32, stay in registers."""
-    large = block_q * block_k > 128 * 64 or max(block_q, block_k) > 128
-    return Tile(block_q, block_k, warps=8 if large else 4)
+    return Tiles(Tile(64, 64), dkdv=Tile(32, size, warps), dq=Tile(size, 32, warps))
 
 
 # what the counters should say
