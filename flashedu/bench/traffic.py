@@ -95,8 +95,8 @@ def plan(quick: bool = False) -> list[Case]:
             Case("tiles", q, "fwd", "flash2", _all(size, 64, warps)),
             Case("tiles", q, "bwd", "flash2", _backward(size, warps)),
         ]
-    for causal, pass_, peer in product((False, True), ("fwd", "bwd"),
-                                       ("flash2", "standard", "sdpa-flash", "sdpa-cudnn")):  # fmt: skip
+    others = ("flash2", "standard", "sdpa-flash", "sdpa-cudnn")  # flash2 with its tuned tiles
+    for causal, pass_, peer in product((False, True), ("fwd", "bwd"), others):
         found.append(Case("peers", p.replace(causal=causal), pass_, peer))
     return found if quick else [*found, *_beyond(p)]
 
