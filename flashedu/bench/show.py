@@ -167,46 +167,54 @@ def _tiles(record: Record) -> Iterator[RenderableType]:
             yield Text(f"{key}: Tiles({tiles}),")
 
 
+_COUNTERS = ("l2_to_sm_bytes", "sm_to_l2_bytes", "dram_read_bytes", "dram_write_bytes")
+
+
 def _traffic(record: Record) -> Iterator[RenderableType]:
     """Our kernels beside closed form and interpreter, then what others launched."""
-    ours, others = _table(), _table()
-    for head in ("kernel", "tile", "N", "mask", "closed form", "interpreter", "card",
-                 "card to\nclosed form", "written", "DRAM\nread", "DRAM\nwritten"):  # fmt: skip
-        ours.add_column(head, justify="left" if head in ("kernel", "mask") else "right")
-    for head in ("peer", "pass", "mask", "kernel", "L2 to SM", "SM to L2", "DRAM\nread",
-                 "DRAM\nwritten"):  # fmt: skip
-        left = head in ("peer", "pass", "mask", "kernel")
-        others.add_column(head, justify="left" if left else "right", no_wrap=left)
-    failed = []
+    counters = ("L2 to\nSM", "SM to\nL2", "DRAM\nread", "DRAM\nwritten")
+    columns = ("kernel", "tile", "N", "form", "same", "to\nform", *counters)
+    for causal in (False, True):
+        table = _table()
+        for head in columns:
+            table.add_column(head, justify="left" if head == "kernel" else "right", no_wrap=True)
+        for case in record.data["cases"]:
+            for run in case["runs"] if case["causal"] == causal else ():
+                if form := run["closed_form"]:
+                    same = {None: "-", True: "yes"}.get(run["counted"] and run["counted"] == form)
+                    table.add_row(
+                        run["kernel"], "×".join(map(str, run["tile"][:2])) if run["tile"] else "",
+                        _n(case), _mib(form["read"]), same or "NO",
+                        f"{run['l2_to_sm_bytes'] / form['read']:.4f}",
+                        *(_mib(run[name]) for name in _COUNTERS),
+                    )  # fmt: skip
+        yield Text(f"\nOur kernels, {MASKS[causal]}, MiB", "bold")
+        yield table
+    yield Text(
+        "form: bytes loaded, by the closed form. same: the interpreter counted these, and those "
+        "stored, exactly. L2 to SM and on: what the card counted. to form: L2 to SM, over form."
+    )
+    table = _table()
+    for head in ("peer", "pass", "mask", "kernel", *counters):
+        table.add_column(head, justify="right" if head in counters else "left", no_wrap=True)
+    for case in record.data["cases"]:
+        for run in case["runs"]:
+            if run["closed_form"] is None:
+                name = run["launched"].removeprefix("void ").replace("<unnamed>", "")
+                name = name.split("<")[0].split("::")[-1]
+                table.add_row(
+                    PEERS[case["peer"]], case["pass"], MASKS[case["causal"]], name[:24],
+                    *(_mib(run[counter]) for counter in _COUNTERS),
+                )  # fmt: skip
+    yield Text("\nOthers, kernel by kernel, MiB", "bold")
+    yield table
     for case in record.data["cases"]:
         if case["why"]:
-            failed.append(Text(f"{case['peer']}, {case['pass']}, N {case['N']}: {case['why']}"))
-        for run in case["runs"]:
-            dram = human_bytes(run["dram_read_bytes"]), human_bytes(run["dram_write_bytes"])
-            moved = run["l2_to_sm_bytes"]
-            if run["kernel"] is None:
-                others.add_row(
-                    PEERS[case["peer"]], case["pass"], MASKS[case["causal"]], run["launched"][:34],
-                    human_bytes(moved), human_bytes(run["sm_to_l2_bytes"]), *dram,
-                )  # fmt: skip
-                continue
-            formula = run["closed_form"]["read"]
-            ours.add_row(
-                run["kernel"], "{} × {}".format(*run["tile"][:2]) if run["tile"] else "",
-                str(case["N"]), MASKS[case["causal"]], human_bytes(formula),
-                human_bytes(run["counted"]["read"]) if run["counted"] else "-",
-                human_bytes(moved), f"{moved / formula:.4f}",
-                f"{run['sm_to_l2_bytes'] / run['closed_form']['written']:.4f}", *dram,
-            )  # fmt: skip
-    yield Text("\nOur kernels: bytes from L2 into the SMs", "bold")
-    yield ours
-    yield Text(
-        "card to closed form, and written: what the card counted over what the formula says, for "
-        "bytes into the SMs and out of them."
-    )
-    yield Text("\nOthers, kernel by kernel", "bold")
-    yield others
-    yield from failed
+            yield Text(f"{case['peer']}, {case['pass']}, N {case['N']}: {case['why']}")
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f}"
 
 
 def _table() -> Table:

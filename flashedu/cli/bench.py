@@ -138,10 +138,10 @@ def traffic(
         from flashedu.bench import traffic as counters
         from flashedu.bench.device import Cuda
 
-        reason, wanted = counters.why_not(), counters.plan(quick)
-        head = {"quick": quick, "planned": len(wanted), **counters.provenance()}
+        reason = counters.why_not()
     if reason is None:
-        device = Cuda()
+        device, wanted = Cuda(), counters.plan(quick)
+        head = {"quick": quick, "planned": len(wanted), **counters.provenance()}
         try:
             with progress() as on_case:
                 steps = counters.measure(wanted, device, on_case=on_case)
