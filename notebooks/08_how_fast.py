@@ -1,0 +1,461 @@
+# %% [markdown]
+# # 08 · How fast
+#
+# **Claim.** The bytes that we predict are the bytes that a GPU moves, counted by the card itself. They
+# explain where the speed comes from, and where it does not.
+#
+# Before: [07 · The backward kernels](07_flash2_backward.ipynb). Next: [09 · Numerics](09_numerics.ipynb).
+
+# %%
+from flashedu import ladder, plots
+from flashedu.bench import published
+from flashedu.bench import record as records
+from flashedu.memory import Problem, cost, gpu
+from flashedu.notebook import table
+from flashedu.units import human_bytes, human_seconds
+
+# %% [markdown]
+# ## The problem that the last rungs left
+#
+# Every byte so far was counted by our own machine, or by Triton's interpreter. Both are programs on a CPU. A
+# real card has hardware between its memory and its processors that neither knows: caches, a unit that copies
+# tiles, a compiler that may keep a number in the wrong place. Does the count hold there?
+#
+# ## The theorem
+#
+# The first FlashAttention paper proves how traffic depends on the size of the on-chip memory (Theorem 2). With
+# SRAM for M numbers, and M between D and N · D:
+#
+# $$\text{standard: } \Theta(N D + N^2) \qquad \text{flash: } \Theta\!\left(\frac{N^2 D^2}{M}\right)$$
+#
+# Θ means: up to a constant factor. Where does it come from? A tile of $B_q$ queries and what goes with it take
+# some multiple of $B_q \cdot D$ numbers, and that must fit M. So $B_q$ grows as $M / D$. There are $N / B_q$
+# query tiles, and each reads all keys and values, $2 N D$ numbers:
+#
+# $$\frac{N}{B_q} \cdot 2 N D \;\sim\; \frac{N D}{M} \cdot 2 N D = \frac{2 N^2 D^2}{M}$$
+#
+# Twice as much SRAM, half as many bytes. The paper also proves that no exact algorithm does better for all M
+# (Proposition 3). In practice the tile is what we choose, so we count against $B_q$.
+#
+# ## Where a card can count
+#
+# On its way from HBM to an SM, a byte passes the L2 cache, which all SMs share.
+#
+#     HBM (DRAM)  <── 1 ──>  L2 cache  <── 2 ──>  the SMs, each with its SRAM
+#
+# A GPU has counters in hardware at both places. At 2 it counts what enters and leaves the SMs, wherever it came
+# from. This is the traffic of our kernels' loads and stores, and of the theorem. At 1 it counts what L2 did
+# not have, or could not keep.
+#
+# NVIDIA's profiler, Nsight Compute (`ncu`), reads them. The counter at 2 is called
+# `l1tex__m_xbar2l1tex_read_bytes`, as the wires between L2 and the SMs are the *crossbar*. On a machine with a
+# GPU, `flashedu bench traffic` runs our kernels under it and records what it says. This chapter shows such a
+# record:
+
+# %%
+counters = records.latest(kind="traffic", card="H200")
+print(f"{counters.label}, Nsight Compute {counters.data['ncu']}")
+
+# %% [markdown]
+# ## By hand: one shape of the paper
+#
+# The paper's own example (its Figure 2): 64 sequences, 16 heads, N = 1024, D = 64, in float16. S alone would
+# take 2.1 GB. With 128 queries in a tile there are 8 query tiles for each head. q comes in once, k and v come
+# in 8 times:
+#
+# $$64 \cdot 16 \cdot (N D + 8 \cdot 2 N D) \cdot 2 \text{ bytes}$$
+
+# %%
+by_hand = 64 * 16 * (1024 * 64 + 8 * 2 * 1024 * 64) * 2
+print(f"into the SMs: {by_hand:,} bytes")
+
+# %% [markdown]
+# ## Predict first
+#
+# With 256 queries in a tile: how many GB will the card count? (A GB is 10⁹ bytes. Not quite half: q comes in
+# once whatever the tile.) And with 1.0 for "exactly as predicted", how close will the card be?
+
+# %%
+my_prediction_gb, my_prediction_closeness = 1.5, 0.9
+
+# %%
+shape = Problem(B=64, H=16, Nq=1024, D=64)
+
+
+def measured(kernel, section="tiles", causal=False):
+    cases = counters.cases(section, causal=causal)
+    runs = (run for case in cases for run in case["runs"])
+    return [run for run in runs if run["kernel"] == kernel]
+
+
+(run,) = (run for run in measured("flash2") if run["tile"][0] == 256)
+form = cost.flash2(shape.replace(block_q=256))
+counted_gb = run["l2_to_sm_bytes"] / 1e9
+print(f"you said {my_prediction_gb} GB; the card counted {counted_gb:.3f} GB")
+print(
+    f"you said {my_prediction_closeness}; it is {run['l2_to_sm_bytes'] / form.hbm_read_bytes}"
+)
+
+# %% [markdown]
+# ## Predicted, counted, measured
+#
+# Now the whole chain, for the forward of `flash2`, at each tile size. Four numbers, found in four ways:
+#
+# 1. the **closed form** of chapter 03;
+# 2. counted by **the stage `online`**, in PyTorch, tile by tile;
+# 3. counted from **the kernel `flash2`** as the interpreter runs it: its own loads;
+# 4. counted by **the card**, as the compiled kernel ran.
+#
+# The second and third run here and now, for one head. All heads move alike, so we take them 1024 times.
+
+# %%
+head, heads = shape.replace(B=1, H=1, H_kv=1), 64 * 16
+rows = []
+for run in measured("flash2"):
+    tile = {"block_q": run["tile"][0], "block_k": run["tile"][1]}
+    here = {
+        stage: heads * ladder.count(stage, head.replace(**tile)).hbm_read_bytes
+        for stage in ("online", "flash2")
+    }
+    rows.append(
+        {"queries in a tile": tile["block_q"]}
+        | {"closed form": cost.flash2(shape.replace(**tile)).hbm_read_bytes}
+        | {f"counted, {stage}": n_bytes for stage, n_bytes in here.items()}
+        | {"measured": run["l2_to_sm_bytes"]}
+    )
+table(rows)
+
+# %%
+for row in rows:
+    numbers = {value for name, value in row.items() if name != "queries in a tile"}
+    print(f"{row['queries in a tile']:3} queries: {len(numbers)} different number")
+
+# %% [markdown]
+# To the byte. The model of chapter 01 is not a rough picture of a GPU: for the bytes that enter its
+# processors, it is exact.
+#
+# The same for all kernels, of which the record also has what the interpreter counted:
+
+# %%
+kernels = ("flash1", "flash2", "flash2 dkdv", "flash2 dq")
+fig = plots.predicted_counted_measured(
+    {
+        kernel: {
+            "tiles of {} × {}".format(*run["tile"][:2]): (
+                run["closed_form"]["read"],
+                run["counted"]["read"],
+                run["l2_to_sm_bytes"],
+            )
+            for run in measured(kernel)
+        }
+        for kernel in kernels
+    },
+    "Bytes into the SMs: formula, interpreter and card agree",
+)
+
+# %% [markdown]
+# *Figure 1. Sixteen kernels, three counts each. The side of the tile that stays in a program (queries for `flash2` and
+# `dq`, keys for `flash1` and `dkdv`) halves the bytes each time it doubles. The card is within 0.6% of the
+# formula everywhere, and equal to it for `flash2` and `dq`.*
+#
+# What leaves the SMs is exact too, o and lse, and in the backward dq, dk and dv:
+
+# %%
+table(
+    {
+        "kernel": kernel,
+        "closed form, written": run["closed_form"]["written"],
+        "measured": run["sm_to_l2_bytes"],
+    }
+    for kernel in kernels
+    for run in measured(kernel)
+    if 64 in run["tile"][:2]
+)
+
+# %% [markdown]
+# ## Where the card differs, and why
+#
+# The other side of the tile does not matter, a causal mask does not disturb, and then there are four kinds of
+# difference:
+
+
+# %%
+def row_of(what, kernel, run):
+    return {
+        "what": what,
+        "kernel": kernel,
+        "tile": "{} × {}".format(*run["tile"][:2]),
+        "into the SMs": f"{run['l2_to_sm_bytes'] / run['closed_form']['read']:.4f}",
+        "out of them": f"{run['sm_to_l2_bytes'] / run['closed_form']['written']:.4f}",
+    }
+
+
+def with_tile(runs, block_q, block_k):
+    return next(run for run in runs if run["tile"][:2] == [block_q, block_k])
+
+
+causal = {kernel: measured(kernel, causal=True) for kernel in kernels}
+ragged = measured("flash2", "ragged")
+table([
+    row_of("causal", "flash2", with_tile(causal["flash2"], 64, 64)),
+    row_of("causal", "flash2 dq", with_tile(causal["flash2 dq"], 64, 32)),
+    row_of(
+        "backward, full", "flash2 dkdv", with_tile(measured("flash2 dkdv"), 32, 32)
+    ),
+    row_of("causal", "flash1", with_tile(causal["flash1"], 32, 128)),
+    row_of("N = 1000", "flash2", ragged[0]),
+    row_of("N = 1023", "flash2", ragged[1]),
+    row_of("spilled", "flash1", measured("flash1", "spills")[0]),
+    row_of("spilled", "flash2 dkdv", measured("flash2 dkdv", "spills")[0]),
+])  # fmt: skip
+
+# %% [markdown]
+# - **Causal bands: none.** The kernel skips whole tiles, and so does the formula. Both come out equal.
+# - **An SM has a cache of its own, L1.** What two programs on one SM load at nearly the same time, or what a program loads
+#   again soon, may come from there, and is not counted at 2. `dkdv` loads lse and delta through it, and saves 0.3%
+#   at most. `flash1`, causal, saves up to 2.5%: the last key tiles are seen by a few queries only, and their o is
+#   still in L1 when it comes back. (k, v and q pass L1 by: a copying unit, the TMA, puts their tiles into SRAM.)
+# - **A ragged tail.** 1000 queries are 15 tiles of 64 and one of 40. The TMA delivers 64 rows all the same, the
+#   missing ones filled with zeros, and the counter counts them: 1024 / 1000 = 1.024. What is stored is cut exactly.
+#   (At N = 1023 it is 0.4% more: a row of lse no longer begins at a multiple of 32 bytes, the unit in which L2 is written.)
+# - **Spilled registers.** A thread has 255 registers. What finds no place is put into memory, and that memory
+#   lies beyond L1. `flash1` with tiles of 64 × 256 moves twice what its loads and stores say. So does the store side of
+#   `dkdv` at 128 × 64, although those tiles were the fastest of ten (chapter 07): spilling a little was cheaper
+#   than smaller tiles. No formula from the source code can see this. The counter can.
+#
+# ## What memory sees
+#
+# So k and v enter the SMs again and again. Do they come from HBM each time? The counters at 1 say no:
+
+# %%
+fig = plots.l2_and_dram(
+    {
+        f"{run['tile'][0]} queries in a tile": {
+            "sm_read": run["l2_to_sm_bytes"],
+            "sm_written": run["sm_to_l2_bytes"],
+            "dram_read": run["dram_read_bytes"],
+            "dram_written": run["dram_write_bytes"],
+        }
+        for run in measured("flash2")
+    },
+    4 * 64 * 16 * 1024 * 64 * 2,
+    "The tile size decides what L2 delivers; DRAM sees each byte once",
+)
+
+# %% [markdown]
+# *Figure 2. On the left the theorem at work: twice the tile, half the bytes. On the right, what reaches HBM: q, k,
+# v and o once, whatever the tile. The programs of one head run at the same time (chapter 06), and their k and v, 256
+# KiB, wait in L2.*
+#
+# So on this card, the theorem does not describe HBM. It describes the way from L2 to the SMs. Until when? Until
+# k and v of the heads at work outgrow L2, 60 MiB on an H200. Longer and longer sequences, with tiles of
+# 128 queries:
+
+# %%
+long = [case for case in counters.cases("long") if case["B"] == 1]
+table(
+    {
+        "N": case["N"],
+        "k and v of a head": human_bytes(2 * case["N"] * 64 * 2),
+        "into the SMs": human_bytes(run["l2_to_sm_bytes"]),
+        "from DRAM": human_bytes(run["dram_read_bytes"]),
+        "q, k, v once": human_bytes(3 * case["N"] * 64 * 2),
+    }
+    for case in long
+    for run in case["runs"]
+)
+
+# %% [markdown]
+# With 262,144 tokens, k and v of one head are larger than L2, and now DRAM is read five times over. It is still
+# far from the 128 GiB that the SMs take in: programs that run side by side walk over the keys in step.
+#
+# ## Standard attention on the same card
+#
+# Its S and P are too large for any cache. For the same shape, forward and backward, by the card's counters:
+
+
+# %%
+def moved(peer):
+    cases = counters.cases("peers", peer=peer, causal=False)
+    runs = [run for case in cases for run in case["runs"]]
+    dram = sum(run["dram_read_bytes"] + run["dram_write_bytes"] for run in runs)
+    return {"kernels": len(runs), "DRAM, read and written": f"{dram / 1e9:.1f} GB"}
+
+
+peers = {
+    "standard": "standard",
+    "flash2": "flash2",
+    "sdpa-flash": "SDPA flash",
+    "sdpa-cudnn": "SDPA cuDNN",
+}
+table({"attention": name} | moved(peer) for peer, name in peers.items())
+
+# %% [markdown]
+# The paper has 40.3 GB and 4.4 GB for this shape. PyTorch's standard attention moves less than theirs, and `flash2`
+# half of theirs.
+#
+# A check of our model: the softmax loads S and stores P, N² numbers of 2 bytes for each head, 2,147,483,648 bytes. What did the card
+# count?
+
+# %%
+(standard,) = counters.cases("peers", peer="standard", causal=False, **{"pass": "fwd"})
+(softmax,) = (run for run in standard["runs"] if "softmax" in run["launched"])
+print(f"into the SMs: {softmax['l2_to_sm_bytes']:,}")
+print(f"out of them:  {softmax['sm_to_l2_bytes']:,}")
+
+# %% [markdown]
+# And the production kernels? They tile too, so we can tell their tiles from their bytes. `SDPA flash` is
+# FlashAttention-2 in CUDA:
+
+# %%
+for peer in ("sdpa-flash", "sdpa-cudnn"):
+    (case,) = counters.cases("peers", peer=peer, causal=False, **{"pass": "fwd"})
+    (run,) = case["runs"]
+    of_128 = cost.flash2(shape.replace(block_q=128)).hbm_read_bytes
+    print(f"{peers[peer]}: {run['l2_to_sm_bytes'] / of_128:.4f} of flash2 with 128 queries")
+
+# %% [markdown]
+# Both have 128 queries in a tile.
+#
+# ## So how fast?
+#
+# Predict first. In our model, which has no L2, the least time is that of all bytes at HBM's speed. For this shape, with
+# 64 queries in a tile, on an H200:
+
+# %%
+h200 = gpu("h200")
+form = cost.flash2(shape.replace(block_q=64, block_k=128))
+bound = h200.bound(form, "float16")
+print(f"bytes at the speed of HBM:  {human_seconds(bound.memory_s)}")
+print(f"arithmetic at its peak:     {human_seconds(bound.compute_s)}")
+
+# %% [markdown]
+# The record of `flashedu bench` has the same number of tokens and heads in other proportions: batch 16, 32 heads.
+# Here is what such a half takes, and what the model says of it:
+
+# %%
+speed = records.latest("speed", card="H200")
+(case,) = speed.cases("speed", D=64, N=1024, causal=False, **{"pass": "fwd"})
+flash2 = next(run for run in case["runs"] if run["peer"] == "flash2")
+half = h200.bound(
+    cost.flash2(Problem(B=16, H=32, Nq=1024, D=64, block_q=64)), "bfloat16"
+)
+print(f"model, memory: {human_seconds(half.memory_s)}")
+print(f"measured:      {human_seconds(flash2['median_s'])}")
+
+# %% [markdown]
+# The kernel is faster than the memory bound of chapter 01 allows! The bound is not wrong; it is a bound for a machine
+# without L2. Here most bytes come from L2, which is faster than HBM. So for attention in one kernel the wall of
+# chapter 01 is gone, and the limit is inside the SM: products, exponentials, and how well they overlap.
+#
+# For standard attention the wall stands. Its N × N matrices go through DRAM, and no cache helps.
+#
+# ## Beside the peers
+#
+# Chapters 06 and 07 showed forward and backward. Here is a whole step of training, at N = 4096 with a causal mask,
+# and what it needs of memory:
+
+# %%
+step = records.latest("standard", card="H200")
+print(step.label)
+table(
+    {
+        "D": case["D"],
+        "attention": peers[run["peer"]],
+        "forward + backward": human_seconds(run["median_s"]),
+        "memory": human_bytes(run["extra_bytes"]),
+        "TFLOP/s": f"{run['tflops']:.0f}",
+    }
+    for case in step.cases("standard")
+    for run in case["runs"]
+)
+
+# %%
+fig = plots.memory(
+    records.latest("memory", card="H200"), "Memory grows with N, not with N²"
+)
+
+# %% [markdown]
+# *Figure 3. Standard attention passes the memory of the card after N = 8192 in this shape (batch 16, 8 heads, D = 64). Both
+# flash kernels grow with N. `flash2` takes half of what SDPA flash does: it has no float32 sum of dq.*
+#
+# ## What the papers say, and what we found
+#
+# A time belongs to the card that it was taken on. A ratio may travel. Nine claims, and what our records have of them:
+
+# %%
+claims = published.claims("H200")
+table(
+    {
+        "claim": claim.what,
+        "source": claim.source,
+        "published": "{:.3g} to {:.3g}".format(*claim.published),
+        "ours": "{:.3g} to {:.3g}".format(*claim.ours),
+        "reproduced": claim.reproduced,
+    }
+    for claim in claims
+)
+
+# %%
+fig = plots.against_published(
+    claims, "Memory and bytes are reproduced, the highest speeds are not"
+)
+
+# %% [markdown]
+# *Figure 4. All that follows from the algorithm is reproduced and more. What depends on how well a chip is
+# used is reproduced in part, or not.*
+#
+# What to know about each:
+
+# %%
+table({"claim": claim.what, "note": claim.why} for claim in claims)
+
+# %% [markdown]
+# - **Time, 5.7 times**: 3.2 without a mask. PyTorch's standard attention has become better than the one
+#   that the paper timed, which moved more bytes. With a causal mask, a kernel more for S, it is 9.
+# - **3 to 10 times standard**: from 1.7 at N = 512, where S still fits L2 in part, to 14 at N = 16,384.
+# - **flash2 to flash1**: not the same comparison. Our `flash1` has the first paper's loop order and nothing else; their
+#   released code was tuned.
+# - **73% of the peak**: 57% here, and PyTorch's FlashAttention-2 reaches less on this card. Hopper's products are
+#   three times as fast as Ampere's, but only for programs that never wait for one; exponentials did not become faster. FlashAttention-3
+#   was written for that, and a later chapter follows it.
+#
+# ## Takeaway
+#
+# **Predict from tile sizes, count in the interpreter, measure on the card: for the bytes into the SMs the three are one
+# number. L2 keeps them from HBM, so one kernel of attention is no longer bound by memory. What is left of the distance to
+# the fastest kernels is inside the SM.**
+#
+# ## Exercises
+#
+# **1.** Take the closed form with N = 4096, D = 128, 16 heads and a batch of 4. Which tile of queries brings the bytes into the SMs under
+# 2 GB? What would you check before you use it?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# for block_q in (32, 64, 128, 256):
+#     print(block_q, cost.flash2(Problem(B=4, H=16, Nq=4096, D=128, block_q=block_q)).hbm_read_bytes / 1e9)
+# ```
+#
+# 256 gives 2.2 GB: none does. And with 256 queries, acc alone takes 256 · 128 numbers in float32, 128 KiB of registers, half of what an SM
+# has. Look for spilled bytes first: `flashedu.bench.compiled`, or the counter.
+# </details>
+#
+# **2.** A kernel that should move 1.2 GB moves 2.6 GB by the counter, in both directions too much. The result is right. What do you
+# suspect, and what would settle it?
+#
+# <details><summary>Answer</summary>
+#
+# Spilled registers: loads of too much could also be a tile that is fetched twice, but then the stores would be right. The compiler's report
+# of spilled bytes settles it. Then take more warps for a program, or a smaller tile.
+# </details>
+#
+# **3.** Eight query heads share a key head (H = 8, H_kv = 1). By how much does the traffic at place 2 fall, and
+# at place 1?
+#
+# <details><summary>Answer</summary>
+#
+# At 2 not at all: each program loads k and v for itself, and the closed form says so (`cost.flash2` with `H_kv=1` and with
+# `H_kv=8` are equal). At 1, k and v are an eighth as large, and each is read once.
+# </details>
