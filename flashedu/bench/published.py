@@ -31,14 +31,17 @@ class Claim:
 
     @property
     def reproduced(self) -> str:
-        """ "yes" if all of ours reach the lowest published one, "in part" if some do, or "no".
+        """ "yes" if all of ours lie in the published range, "more" or "less" if all lie beyond.
 
-        "another thing" if the two are not of one kind.
+        "in part" for anything between, and "another thing" if the two are not of one kind.
         """
+        lowest, highest = (1 - NEAR) * self.published[0], (1 + NEAR) * self.published[1]
+        low, high = self.ours
         if not self.comparable:
             return "another thing"
-        reached = [ours >= (1 - NEAR) * self.published[0] for ours in self.ours]
-        return "yes" if all(reached) else "in part" if any(reached) else "no"
+        if low > highest or high < lowest:
+            return "more" if low > highest else "less"
+        return "yes" if lowest <= low and high <= highest else "in part"
 
 
 def claims(card: str = "H200", *, folder: Path | None = None) -> list[Claim]:
