@@ -1,4 +1,4 @@
-"""Figures of bytes: by tensor and direction, against SRAM size, and against N."""
+"""Figures of bytes: by tensor and direction, over a run, against SRAM, tiles and N."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flashedu.memory.gpus import GPU
-from flashedu.plots.style import FAINT, INK, STAGE, STAGE_MARKER, colour_of, styled
+from flashedu.memory.trace import Event
+from flashedu.plots.style import STAGE_MARKER, spread, styled
 from flashedu.units import human_bytes
 
 
@@ -21,25 +22,26 @@ def traffic(
 
     `stages`: label → tensor → (bytes read, bytes written), as `Machine.bytes_by_tensor` gives.
     """
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 0.9 + 0.72 * len(stages)))
         totals = [sum(r + w for r, w in tensors.values()) for tensors in stages.values()]
         for row, tensors in enumerate(stages.values()):
             left = 0.0
             for name, moved in tensors.items():
+                colour = look.colour_of(name)
                 for n_bytes, hatch in zip(moved, ("", "////"), strict=True):
                     if not n_bytes:
                         continue
                     width = n_bytes / unit_bytes
                     ax.barh(
-                        row, width, left=left, height=0.66, color=colour_of(name), hatch=hatch,
-                        edgecolor="white", linewidth=0.8,
+                        row, width, left=left, height=0.66, color=colour, hatch=hatch,
+                        edgecolor=look.paper, linewidth=0.8,
                     )  # fmt: skip
                     if n_bytes > 0.035 * max(totals):
                         ax.text(
-                            left + width / 2, row, name, ha="center", va="center", color="white",
-                            fontweight="bold",
-                            bbox={"facecolor": colour_of(name), "edgecolor": "none", "pad": 1.2},
+                            left + width / 2, row, name, ha="center", va="center",
+                            color=look.text_on(colour), fontweight="bold",
+                            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2},
                         )  # fmt: skip
                     left += width
             ax.text(left, row, f"  {human_bytes(totals[row])}", va="center")
@@ -51,10 +53,53 @@ def traffic(
         unit = human_bytes(unit_bytes).split()[1]
         ax.set_xlabel(f"bytes moved between HBM and SRAM ({unit})", loc="left")
         ax.legend(
-            handles=[Patch(facecolor="#777777", label="read"),
-                     Patch(facecolor="#777777", hatch="////", edgecolor="white", label="written")],
+            handles=[Patch(facecolor=look.muted, label="read"),
+                     Patch(facecolor=look.muted, hatch="////", edgecolor=look.paper, label="written")],
             loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=2,
         )  # fmt: skip
+        ax.set_title(title)
+    return fig
+
+
+def cumulative_traffic(traces: Mapping[str, Sequence[Event]], title: str) -> Figure:
+    """Curves: HBM bytes so far, over the run; the hatched part of each was written.
+
+    `traces`: label, beginning with the stage's name → its trace. A run is as long as its trace has
+    events, and all are drawn equally long.
+    """
+    with styled() as look:
+        fig, ax = plt.subplots(figsize=(8, 4.2))
+        ends, labels = [], []
+        for turn, (label, trace) in enumerate(traces.items()):
+            name = label.split()[0]
+            moved = np.cumsum([[event.hbm_bytes * (event.op == op) for event in trace]
+                               for op in ("load", "store")], axis=1) / 2**20  # fmt: skip
+            read, total = moved[0], moved.sum(0)
+            share = 100 * np.arange(len(trace) + 1) / len(trace)
+            read, total = np.r_[0, read], np.r_[0, total]
+            grey = look.stage[name]
+            ax.fill_between(share, read, total, step="post", facecolor="none", edgecolor=grey,
+                            hatch="////", linewidth=0)  # fmt: skip
+            every = np.unique(np.linspace(0, len(trace), 7).astype(int))[1:]
+            ax.step(share, total, where="post", color=grey, marker=STAGE_MARKER[name],
+                    markevery=list(every - (len(trace) // 30 * turn if len(trace) > 60 else 0)),
+                    markersize=7, markeredgecolor=look.ink)  # fmt: skip
+            ends.append(float(total[-1]))
+            written = human_bytes((total[-1] - read[-1]) * 2**20)
+            labels.append(f"{label} {human_bytes(total[-1] * 2**20)}, {written} written")
+        ax.set_xlim(0, 100)
+        ax.set_ylim(0, 1.06 * max(ends))
+        places = spread(ends, 0.062 * 1.06 * max(ends))
+        lift = max(0.0, 0.025 * max(ends) - min(places))
+        for end, place, label in zip(ends, places, labels, strict=True):
+            at_end = {"arrowstyle": "-", "color": look.muted, "linewidth": 0.7, "shrinkB": 3}
+            ax.annotate(label, (100, end), xytext=(104, place + lift), va="center",
+                        annotation_clip=False, arrowprops=at_end)  # fmt: skip
+        ax.legend(handles=[Patch(facecolor="none", edgecolor=look.muted, hatch="////",
+                                 linewidth=0, label="of these, written")],
+                  loc="upper left")  # fmt: skip
+        ax.set_xlabel("share of the run's events (%)")
+        ax.set_ylabel("HBM bytes so far (MiB)")
         ax.set_title(title)
     return fig
 
@@ -71,10 +116,10 @@ def traffic_against_sram(
     `stages`: label, beginning with the stage's name → bytes, one for each of `sram_bytes`.
     `theory`: the theorem's curve at the same sizes, in bytes. `cards` are marked on the axis.
     """
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4))
         x = np.array(sram_bytes) / 1024
-        ax.loglog(x, np.array(theory) / 2**20, color=INK, linestyle=":", linewidth=1.3)
+        ax.loglog(x, np.array(theory) / 2**20, color=look.ink, linestyle=":", linewidth=1.3)
         middle = len(x) // 2
         ax.annotate(
             "N²d²/M, the theorem's slope", (x[middle], theory[middle] / 2**20), xytext=(-8, -14),
@@ -83,11 +128,11 @@ def traffic_against_sram(
         for label, n_bytes in stages.items():
             name = label.split()[0]
             y = np.array(n_bytes) / 2**20
-            ax.loglog(x, y, color=STAGE[name], marker=STAGE_MARKER[name], label=label)
+            ax.loglog(x, y, color=look.stage[name], marker=STAGE_MARKER[name], label=label)
         low = ax.get_ylim()[0]
         for card in cards:
             at = card.sram_bytes_per_program / 1024
-            ax.axvline(at, color=FAINT, zorder=0)
+            ax.axvline(at, color=look.faint, zorder=0)
             ax.text(at, 1, f"{card.name} ", rotation=90, va="top", ha="right", fontsize=9,
                     transform=ax.get_xaxis_transform())  # fmt: skip
         ax.set_xlabel("SRAM that one program may fill, M (KiB)")
@@ -102,6 +147,32 @@ def traffic_against_sram(
     return fig
 
 
+def traffic_against_tile(
+    tiles: Sequence[int], stages: Mapping[str, Sequence[int]], xlabel: str, title: str
+) -> Figure:
+    """Curves: HBM bytes of each stage against a tile size, each named at its right end.
+
+    `stages`: label, beginning with the stage's name → bytes, one for each of `tiles`.
+    """
+    with styled() as look:
+        fig, ax = plt.subplots(figsize=(8, 4))
+        for label, n_bytes in stages.items():
+            name = label.split()[0]
+            y = np.array(n_bytes) / 2**20
+            ax.loglog(tiles, y, color=look.stage[name], marker=STAGE_MARKER[name], markersize=7)
+            ax.annotate(f"{label}: {human_bytes(n_bytes[-1])}", (tiles[-1], y[-1]), xytext=(9, 0),
+                        textcoords="offset points", va="center", fontweight="bold")  # fmt: skip
+        ticks = [2.0**e for e in range(30) if ax.get_ylim()[0] < 2.0**e < ax.get_ylim()[1]]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks(tiles, [str(tile) for tile in tiles])
+        ax.set_xlim(0.9 * tiles[0], tiles[-1] ** 1.45 / tiles[0] ** 0.45)
+        ax.minorticks_off()
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("HBM traffic (MiB)")
+        ax.set_title(title)
+    return fig
+
+
 def memory_against_n(
     n: Sequence[int], stages: Mapping[str, Sequence[int]], cards: Sequence[GPU], title: str
 ) -> Figure:
@@ -109,16 +180,16 @@ def memory_against_n(
 
     `stages`: stage → bytes beside inputs and output, one for each of `n`.
     """
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4))
         for name, n_bytes in stages.items():
-            ax.loglog(n, n_bytes, color=STAGE[name], marker=STAGE_MARKER[name])
+            ax.loglog(n, n_bytes, color=look.stage[name], marker=STAGE_MARKER[name])
             ax.annotate(
                 name, (n[-1], n_bytes[-1]), xytext=(8, 0), textcoords="offset points",
                 va="center", fontweight="bold",
             )  # fmt: skip
         for card in cards:
-            ax.axhline(card.hbm_bytes, color=INK, linewidth=0.9, linestyle="--")
+            ax.axhline(card.hbm_bytes, color=look.ink, linewidth=0.9, linestyle="--")
             text = f"all the memory of one {card.name}"
             ax.text(n[0], card.hbm_bytes, text, va="bottom", fontsize=9)
         low, high = (f(map(f, stages.values())) for f in (min, max))
@@ -135,9 +206,9 @@ def memory_against_n(
 
 def bars(values: Mapping[str, float], unit: str, title: str, *, log: bool = False) -> Figure:
     """Plain horizontal bars with their values: label → value in `unit`."""
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(values)))
-        greys = [STAGE.get(label.split()[0], "#777777") for label in values]
+        greys = [look.stage.get(label.split()[0], look.muted) for label in values]
         drawn = ax.barh(list(values), list(values.values()), color=greys, height=0.66)
         ax.bar_label(drawn, [f" {value:,.3g}" for value in values.values()])
         ax.invert_yaxis()
