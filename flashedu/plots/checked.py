@@ -1,4 +1,4 @@
-"""Figures of what was held against what: predictions and counts against a card, ours and papers'."""
+"""Figures that hold numbers against each other: formulas, counts, a card's, ours, a paper's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flashedu.plots.style import Look, styled
+from flashedu.plots.style import Look, headline, styled
 from flashedu.units import human_bytes
 
 Claim = tuple[str, float, float, float | None, str]
@@ -30,19 +30,22 @@ def predicted_counted_measured(
             for label, found in ((None, None), *labels.items())]  # fmt: skip
     with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 1.3 + 0.245 * len(rows)))
-        looks: tuple[dict[str, Any], ...] = (
-            {"marker": "o", "markersize": 11, "markerfacecolor": "none", "label": "predicted"},
-            {"marker": "x", "markersize": 7, "markeredgewidth": 1.6, "label": "counted"},
-            {"marker": "o", "markersize": 4, "label": "measured"},
-        )
+        ink: dict[str, Any] = {"color": look.ink, "linestyle": "none"}
+        marks: tuple[dict[str, Any], ...] = (
+            ink | {"marker": "o", "markersize": 11, "markerfacecolor": "none",
+                   "label": "predicted"},
+            ink | {"marker": "x", "markersize": 8, "markeredgewidth": 1.3, "label": "counted"},
+            {"color": look.sram, "linestyle": "none", "marker": "o", "markersize": 5.5,
+             "label": "measured"},
+        )  # fmt: skip
         for y, (_, label, found) in enumerate(rows):
             if label is None or found is None:
                 continue
             there = [n_bytes for n_bytes in found if n_bytes is not None]
             ax.hlines(y, min(there), max(there), color=look.muted, linewidth=1)
-            for n_bytes, mark in zip(found, looks, strict=True):
+            for n_bytes, mark in zip(found, marks, strict=True):
                 if n_bytes is not None:
-                    ax.plot(n_bytes, y, color=look.ink, linestyle="none", **mark)
+                    ax.plot(n_bytes, y, **mark)
             ax.text(1.02, y, f"{100 * found[2] / found[0]:.1f}%", va="center",
                     transform=ax.get_yaxis_transform())  # fmt: skip
         ax.set_xscale("log", base=2)
@@ -59,7 +62,7 @@ def predicted_counted_measured(
                 ax.axhline(y, color=look.faint, linewidth=0.6, zorder=0)
         ax.text(1.02, 1.01, "measured /\npredicted", va="bottom", transform=ax.transAxes)
         ax.set_xlabel("bytes moved")
-        handles = [Line2D([], [], color=look.ink, linestyle="none", **mark) for mark in looks]
+        handles = [Line2D([], [], **mark) for mark in marks]
         ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
                   borderaxespad=0.2)  # fmt: skip
         ax.set_title(title, pad=30)
@@ -69,39 +72,44 @@ def predicted_counted_measured(
 def l2_and_dram(
     rows: Mapping[str, Mapping[str, float]], compulsory_bytes: float, title: str
 ) -> Figure:
-    """Bars: what a kernel's SMs read and write, and below it what its DRAM does.
+    """Bars: what a kernel's SMs read and write, and beside it what its DRAM does.
 
     `rows`: label → bytes "sm_read", "sm_written", "dram_read" and "dram_written". A line marks
-    `compulsory_bytes`: each input once, the output once.
+    `compulsory_bytes`: each input once, the output once. Each panel has a scale of its own.
     """
     with styled() as look:
-        fig, ax = plt.subplots(figsize=(8, 1.4 + 0.62 * len(rows)))
-        for y, found in enumerate(rows.values()):
-            for place, colour, at in (("sm", look.sram, -0.2), ("dram", look.hbm, 0.2)):
-                parts = [found[f"{place}_{way}"] / 2**20 for way in ("read", "written")]
-                for left, width, hatch in ((0, parts[0], ""), (parts[0], parts[1], "////")):
-                    ax.barh(y + at, width, left=left, height=0.36, color=colour, hatch=hatch,
-                            edgecolor=look.paper, linewidth=0.8)  # fmt: skip
-                ax.text(sum(parts), y + at, f" {human_bytes(sum(parts) * 2**20)}", va="center",
-                        bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 0.5})  # fmt: skip
-        ax.axvline(compulsory_bytes / 2**20, color=look.ink, linestyle="--", linewidth=1.2)
-        ax.annotate(f"compulsory: {human_bytes(compulsory_bytes)}", (compulsory_bytes / 2**20, 1),
-                    xycoords=("data", "axes fraction"), xytext=(5, 3), va="bottom",
-                    textcoords="offset points")  # fmt: skip
-        ax.set_yticks(range(len(rows)), list(rows))
-        ax.tick_params(axis="y", length=0)
-        ax.spines["left"].set_visible(False)
-        ax.set_ylim(len(rows) - 0.45, -0.55)
-        ax.set_xlim(0, 1.15 * ax.get_xlim()[1])
-        ax.set_xlabel("MiB")
-        grey = {"facecolor": look.muted, "edgecolor": look.paper}
+        fig, axes = plt.subplots(
+            1, 2, figsize=(8, 1.7 + 0.36 * len(rows)), sharey=True, width_ratios=(1.3, 1)
+        )
+        panels = (("sm", look.sram, "into and out of the SMs, through L2"),
+                  ("dram", look.hbm, "read from and written to DRAM"))  # fmt: skip
+        for ax, (place, colour, above) in zip(axes, panels, strict=True):
+            largest = compulsory_bytes
+            for y, found in enumerate(rows.values()):
+                read, written = found[f"{place}_read"], found[f"{place}_written"]
+                for left, width, hatch in ((0, read, ""), (read, written, "////")):
+                    ax.barh(y, width / 2**20, left=left / 2**20, height=0.7, color=colour,
+                            hatch=hatch, edgecolor=look.paper, linewidth=0.8)  # fmt: skip
+                ax.annotate(human_bytes(read + written), ((read + written) / 2**20, y),
+                            xytext=(5, 0), textcoords="offset points", va="center")  # fmt: skip
+                largest = max(largest, read + written)
+            ax.axvline(compulsory_bytes / 2**20, color=look.ink, linestyle="--", linewidth=1.2)
+            ax.set_xlim(0, 1.3 * largest / 2**20)
+            ax.set_xlabel("MiB")
+            ax.set_title(above, fontsize=10.5, fontweight="normal")
+            ax.tick_params(axis="y", length=0)
+            ax.spines["left"].set_visible(False)
+        axes[0].set_yticks(range(len(rows)), list(rows))
+        axes[0].set_ylim(len(rows) - 0.45, -0.55)
+        grey: dict[str, Any] = {"facecolor": look.muted, "edgecolor": look.paper}
+        line = Line2D([], [], color=look.ink, linestyle="--", linewidth=1.2,
+                      label=f"compulsory, {human_bytes(compulsory_bytes)}")  # fmt: skip
         fig.legend(
-            handles=[Patch(color=look.sram, label="to and from the SMs, through L2"),
-                     Patch(color=look.hbm, label="to and from DRAM"),
-                     Patch(**grey, label="read"), Patch(**grey, hatch="////", label="written")],
-            loc="outside lower center", ncols=4,
+            handles=[Patch(**grey, label="read"), Patch(**grey, hatch="////", label="written"),
+                     line],
+            loc="outside lower center", ncols=3,
         )  # fmt: skip
-        ax.set_title(title, pad=22)
+        headline(fig, title)
     return fig
 
 

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation
 
 from flashedu.memory.gpus import GPU
 from flashedu.memory.trace import Event
@@ -29,7 +30,8 @@ def hierarchy(card: GPU, title: str) -> Figure:
         fig, ax = plt.subplots(figsize=(7, 3.4))
         ax.add_patch(Rectangle((0, 0), 1, 1, color=look.hbm))
         ax.text(0.5, 0.5, f"HBM\n{levels[0][3]}\n{card.hbm_bytes_per_s / 1e12:.3g} TB/s",
-                ha="center", va="center", color=look.text_on(look.hbm), fontsize=15, weight="bold")  # fmt: skip
+                ha="center", va="center", color=look.text_on(look.hbm), fontsize=15,
+                weight="bold")  # fmt: skip
         for (name, n_bytes, colour, text), bottom in zip(levels[1:], (0.6, 0.35), strict=True):
             side = (n_bytes / card.hbm_bytes) ** 0.5
             ax.add_patch(Rectangle((1.1, bottom), side, side, color=colour))
@@ -64,36 +66,30 @@ def roofline(cards: Sequence[GPU], points: Mapping[str, float], dtype: str, titl
         ax.set_xlabel("arithmetic intensity (FLOPs per byte of HBM traffic)")
         ax.set_ylabel("at most (TFLOP/s)")
         ax.set_title(title)
-        fig.draw_without_rendering()  # from here on a place on the page is known
+        fig.draw_without_rendering()  # from here on it is known where a point is on the page
         _points(ax, look, cards[-1], points, dtype)
     return fig
 
 
 def _points(ax: Any, look: Look, card: GPU, points: Mapping[str, float], dtype: str) -> None:
-    """Each on the roof; one that hides another is smaller. Labels stand to the left, apart."""
-    rates = {
-        label: min(intensity * card.hbm_bytes_per_s, card.flops_per_s(dtype)) / 1e12
-        for label, intensity in points.items()
-    }
-    pixels_per_point = ax.figure.dpi / 72
-    on_page = {at: ax.transData.transform((points[at], rates[at])) / pixels_per_point
-               for at in points}  # fmt: skip
+    """A dot each on the roof. The labels, with the stages' markers, stand apart to the left."""
     order = sorted(points, key=lambda label: points[label])
-    places = spread([on_page[label][1] + 6 for label in order], 15)
-    drawn: list[str] = []
-    for label, place in zip(order, places, strict=True):
-        name, (x, y) = label.split()[0], on_page[label]
-        below = [other for other in drawn if np.hypot(*(on_page[other] - (x, y))) < 6]
-        drawn.append(label)
-        ax.plot(points[label], rates[label], STAGE_MARKER[name], color=look.stage[name],
-                markersize=max(4, (16 if len(order) > 1 else 10) - 4 * len(below)),
-                markeredgecolor=look.ink, zorder=4 + len(below))  # fmt: skip
-        left = min(on_page[other][0] for other in order if abs(on_page[other][0] - x) < 6)
-        line = {"arrowstyle": "-", "color": look.muted, "linewidth": 0.7,
-                "shrinkA": 0, "shrinkB": 6}  # fmt: skip
-        ax.annotate(f"{label}: {points[label]:,.0f}", (points[label], rates[label]),
-                    xytext=(left - x - 22, place - y), textcoords="offset points", ha="right",
-                    va="center", arrowprops=line if len(order) > 1 else None,
+    roof = [min(points[label] * card.hbm_bytes_per_s, card.flops_per_s(dtype)) / 1e12
+            for label in order]  # fmt: skip
+    dots = ax.transData.transform(list(zip(map(points.get, order), roof, strict=True)))
+    dots = dots * 72 / ax.figure.dpi  # pixels → points of the page
+    places = spread([y + 8 for _, y in dots], 16)
+    for label, rate, (x, y), place in zip(order, roof, dots, places, strict=True):
+        name, xy = label.split()[0], (points[label], rate)
+        left = min(other for other, height in dots if abs(height - y) < 8) - x - 26
+        line = {"arrowstyle": "-", "color": look.muted, "linewidth": 0.8, "shrinkA": 0}
+        ax.annotate("", xy, xytext=(left, place - y), textcoords="offset points", arrowprops=line)
+        moved = ScaledTranslation(left / 72, (place - y) / 72, ax.figure.dpi_scale_trans)
+        ax.plot(*xy, STAGE_MARKER[name], color=look.stage[name], markersize=9,
+                markeredgecolor=look.ink, transform=ax.transData + moved, zorder=4)  # fmt: skip
+        ax.plot(*xy, ".", color=look.ink, markersize=9, zorder=5)
+        ax.annotate(f"{label}: {points[label]:,.0f}", xy, xytext=(left - 9, place - y),
+                    textcoords="offset points", ha="right", va="center",
                     bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 1})  # fmt: skip
 
 

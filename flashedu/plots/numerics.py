@@ -33,7 +33,9 @@ def two_answers(errors: Mapping[str, Sequence[float]], title: str) -> Figure:
         ax.vlines(at, pair[0], pair[1], color=look.faint, linewidth=2.5, zorder=1)
         faces = (("o", look.ink), ("s", look.paper))
         for label, y, (marker, face) in zip(errors, pair, faces, strict=True):
-            ax.plot(at, y, marker, color=look.ink, markerfacecolor=face, markersize=5.5, label=label)
+            ax.plot(
+                at, y, marker, color=look.ink, markerfacecolor=face, markersize=5.5, label=label
+            )
         ax.text(at[-1] + 0.8, 0, "exact", va="center")
         ax.set_xlim(-1, at[-1] + 0.6)
         ax.set_xlabel("output")
@@ -88,7 +90,9 @@ def error_against_n(
         fig, ax = plt.subplots(figsize=(8, 4.6))
         for name, errors in found.items():
             ax.loglog(n, [e.budget for e in errors], color=look.format[name], linestyle="--")
-            ax.loglog(n, [e.error for e in errors], color=look.format[name], marker=FORMAT_MARKER[name])
+            ax.loglog(
+                n, [e.error for e in errors], color=look.format[name], marker=FORMAT_MARKER[name]
+            )
             ax.annotate(name, (n[-1], errors[-1].error), xytext=(10, 0), va="center",
                         textcoords="offset points", fontweight="bold")  # fmt: skip
         ax.loglog(n, impostor, color=look.tensor["s"], marker="X", markersize=8, linewidth=2.6)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 
 from flashedu.plots.style import headline, styled
@@ -32,8 +34,8 @@ def busy_sms(programs: Mapping[str, int], sm_count: int, title: str) -> Figure:
             thin = waves[label] > 8
             ax.pcolormesh(
                 np.arange(sm_count + 1), np.arange(waves[label] + 1), busy, vmin=0, vmax=1,
-                cmap=ListedColormap([look.faint, look.sram]), edgecolors="none" if thin else look.paper,
-                linewidth=0 if thin else 0.8,
+                cmap=ListedColormap([look.faint, look.sram]),
+                edgecolors="none" if thin else look.paper, linewidth=0 if thin else 0.8,
             )  # fmt: skip
             ax.invert_yaxis()
             plural = "s" if waves[label] > 1 else ""
@@ -50,7 +52,8 @@ def busy_sms(programs: Mapping[str, int], sm_count: int, title: str) -> Figure:
                       [1, *range(20, sm_count + 1, 20)])  # fmt: skip
         ax.set_xlabel("SM")
         fig.legend(
-            handles=[Patch(color=look.sram, label="runs a program"), Patch(color=look.faint, label="idle")],
+            handles=[Patch(color=look.sram, label="runs a program"),
+                     Patch(color=look.faint, label="idle")],
             loc="outside lower right", ncols=2,
         )  # fmt: skip
         headline(fig, title)
@@ -105,9 +108,9 @@ def waiting(finish: Mapping[str, Sequence[float]], ideal: float, unit: str, titl
             ax.bar(at, heights[0] - heights, width=1, bottom=heights, color=look.faint,
                    align="edge", label="waiting for the last")  # fmt: skip
             ax.axhline(ideal, color=look.ink, linestyle="--", linewidth=1.2)
-            ax.text(2, ideal, f"evenly shared: {ideal:,.0f}", va="top", color=look.text_on(look.sram),
-                    bbox={"facecolor": look.sram, "edgecolor": "none", "pad": 1.5},
-                    zorder=1.5)  # fmt: skip
+            ax.text(2, ideal, f"evenly shared: {ideal:,.0f}", va="top", zorder=1.5,
+                    color=look.text_on(look.sram),
+                    bbox={"facecolor": look.sram, "edgecolor": "none", "pad": 1.5})  # fmt: skip
             ax.set_xlim(0, len(times))
             ax.set_ylim(0, 1.18 * latest)
             ax.set_xlabel("SM, from the last to be done to the first")
@@ -144,8 +147,9 @@ def sm_timeline(
             bars = [[(run.start, run.sm), (run.stop, run.sm), (run.stop, run.sm + 1),
                      (run.start, run.sm + 1)] for run in runs]  # fmt: skip
             shades = [look.shades[run.program // of_a_head % 3] for run in runs]
+            hairline = 0.6 if sm_count <= 32 else 0.25
             ax.add_collection(PolyCollection(bars, facecolors=shades, edgecolors=look.paper,
-                                             linewidths=0.6 if sm_count <= 32 else 0.25))  # fmt: skip
+                                             linewidths=hairline))  # fmt: skip
             busy = sum(run.stop - run.start for run in runs) / (sm_count * last)
             ax.set_title(f"{label}: done at {last:,.0f}, {busy:.0%} busy", fontsize=10.5,
                          fontweight="normal")  # fmt: skip
@@ -155,11 +159,12 @@ def sm_timeline(
         axes[0][0].set_yticks([0.5, *np.arange(20, sm_count + 1, 20) - 0.5],
                               [1, *range(20, sm_count + 1, 20)])  # fmt: skip
         axes[0][0].set_ylabel("SM")
+        busy_handle: Any = tuple(Patch(color=shade) for shade in look.shades)
         fig.legend(
-            handles=[Patch(color=shade, label=text) for shade, text in
-                     zip(look.shades, ("programs of one head,", "of the next,", "of the one after"),
-                         strict=True)] + [Patch(color=look.faint, label="idle")],
-            loc="outside lower center", ncols=4,
+            [busy_handle, Patch(color=look.faint)],
+            ["runs a program, the heads shaded in turn", "idle"],
+            handler_map={tuple: HandlerTuple(None, pad=0)}, handlelength=3.6,
+            loc="outside lower center", ncols=2,
         )  # fmt: skip
         headline(fig, title)
     return fig

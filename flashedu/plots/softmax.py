@@ -53,5 +53,6 @@ def running_state(
         axes[2].set_ylabel("output so far, acc")
         axes[2].axhline(0, color=look.ink, linewidth=0.8)
         axes[2].set_xlabel(f"key (a line ends a tile of {block_k}; where m rises it is shaded)")
+        axes[0].set_xlim(0, n)
         axes[0].set_title(title)
     return fig

@@ -62,8 +62,8 @@ class Look:
         return self.tensor.get(tensor) or self.tensor.get(tensor.removeprefix("d")) or self.ink
 
     def text_on(self, colour: Any) -> str:
-        """For a label on this colour: paper if that can be read, else ink."""
-        return self.paper if contrast(self.paper, colour) >= 3 else self.ink
+        """For a label on this colour: paper or ink, whichever is easier to read."""
+        return max((self.paper, self.ink), key=lambda text: contrast(text, colour))
 
     @property
     def turn_map(self) -> LinearSegmentedColormap:
@@ -94,7 +94,7 @@ LIGHT = Look(
     hbm="#9AA5B1",
     l2="#5B7FA6",
     sram="#7F3C8D",
-    shades=("#7F3C8D", "#B98CC4", "#572363"),
+    shades=("#7F3C8D", "#BE95C8", "#4A1758"),
     tints=("#D9C3DE", "#F1E8F3"),
     stage={
         "naive": "#C4C4C4",
@@ -146,7 +146,7 @@ DARK = Look(
     hbm="#8692A0",
     l2="#7FA3CC",
     sram="#B57BC6",
-    shades=("#B57BC6", "#7A4A88", "#DDB8E8"),
+    shades=("#B57BC6", "#84529A", "#DDB8E8"),
     tints=("#5C3D66", "#38283E"),
     stage={
         "naive": "#555555",
@@ -220,6 +220,7 @@ def _settings(look: Look) -> dict[str, Any]:
         "savefig.dpi": 110,
         "figure.constrained_layout.use": True,
         "figure.facecolor": look.paper,
+        "figure.edgecolor": look.paper,
         "axes.facecolor": look.paper,
         "font.size": 10.5,
         "axes.titlesize": 11.5,
@@ -242,14 +243,11 @@ def styled() -> Iterator[Look]:
     """Draw in the course's style, and leave the caller's as it was. Yields the theme's colours."""
     # Not rc_context: that would also undo what a notebook's backend sets at the first figure.
     settings: Any = plt.rcParams
-    look, new, others = _current, _settings(_current), set(plt.get_fignums())
+    look, new = _current, _settings(_current)
     before = {key: settings[key] for key in new}
     settings.update(new)
     try:
         yield look
-        for number in set(plt.get_fignums()) - others:
-            for ax in plt.figure(number).axes:  # most ticks are made when drawn, after this
-                ax.tick_params(which="both", color=look.ink, labelcolor=look.ink)
     finally:
         settings.update(before)
 

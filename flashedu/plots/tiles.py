@@ -36,15 +36,16 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
     with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4.4))
         few = rows * columns <= FEW
-        x, y = (np.minimum(np.arange(n + 1) * block, size)
-                for n, block, size in ((columns, p.block_k, p.Nk), (rows, p.block_q, p.Nq)))  # fmt: skip
-        lines = {"color": look.ink if few else look.muted, "linewidth": 0.8 if few else 0.3}
-        ax.vlines(x, 0, p.Nq, **lines, zorder=3 if few else 0)
-        ax.hlines(y, 0, p.Nk, **lines, zorder=3 if few else 0)
+        x = np.minimum(np.arange(columns + 1) * p.block_k, p.Nk)
+        y = np.minimum(np.arange(rows + 1) * p.block_q, p.Nq)
+        grey, width, above = (look.ink, 0.8, 3) if few else (look.muted, 0.3, 0)
+        ax.vlines(x, 0, p.Nq, color=grey, linewidth=width, zorder=above)
+        ax.hlines(y, 0, p.Nk, color=grey, linewidth=width, zorder=above)
         mesh = ax.pcolormesh(x, y, first, cmap=look.turn_map, norm=Normalize(1, max(2, last)))
         if few:
+            colours = mesh.to_rgba(first)
             for (i, j), found in turns.items():
-                colour = look.turn_map(mesh.norm(found[0]))
+                colour = colours[i // p.block_q, j // p.block_k]
                 middle = (min(j + p.block_k, p.Nk) + j) / 2, (min(i + p.block_q, p.Nq) + i) / 2
                 ax.text(*middle, ", ".join(map(str, found)), ha="center", va="center",
                         fontweight="bold", zorder=5, color=look.text_on(colour),
@@ -53,18 +54,17 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
         corners = [[(j, i), (min(j + p.block_k, p.Nk), min(i + p.block_q, p.Nq))] for i, j in cut]
         ax.add_collection(LineCollection(corners, colors=look.ink, linewidths=1.2, zorder=4))
         _axes(ax, p)
-        bar = fig.colorbar(mesh, ax=ax, location="right", shrink=0.6, aspect=14, anchor=(0, 0))
+        again = max(map(len, turns.values()), default=1) > 1
+        bar = fig.colorbar(mesh, cax=ax.inset_axes((1.06, 0, 0.05, 0.55)))
         bar.ax.invert_yaxis()
         bar.set_ticks([1, last], labels=["turn 1", f"turn {last:,}"])
         bar.ax.tick_params(length=0)
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.ax.set_title("computed" if max(map(len, turns.values()), default=1) == 1
-                         else "first computed", fontsize=10.5, fontweight="normal")  # fmt: skip
-        handles: list[Any] = []
+        bar.ax.set_title("first computed at" if again else "computed at", fontsize=10.5,
+                         fontweight="normal", pad=8)  # fmt: skip
         if p.causal:
-            handles = [Line2D([], [], color=look.ink, linewidth=1.2, label="partly masked"),
-                       Patch(facecolor=look.paper, edgecolor=lines["color"], label="skipped")]  # fmt: skip
-            fig.legend(handles=handles, loc="outside right upper")
+            stroke = Line2D([], [], color=look.ink, linewidth=1.2, label="partly masked")
+            blank = Patch(facecolor=look.paper, edgecolor=grey, label="skipped")
+            ax.legend(handles=[stroke, blank], loc="upper left", bbox_to_anchor=(1.02, 1))
         ax.set_title(title)
     return fig
 
@@ -124,11 +124,15 @@ def walks(
             ax.set_title(above, loc="center", fontweight="normal", fontsize=10.5)
         handles = [Patch(facecolor=look.tensor["s"], label="visited")]
         if mark is not None:
-            handles = [Patch(facecolor=look.tensor["s"], label=f"visited by program {mark}"),
-                       Patch(facecolor=look.faint, label="by the program of that number")]  # fmt: skip
+            handles = [
+                Patch(facecolor=look.tensor["s"], label=f"visited by program {mark}"),
+                Patch(facecolor=look.faint, label="by the program of that number"),
+            ]
         if problem.causal:
-            handles += [Patch(facecolor=look.masked, label="visited, needs the mask"),
-                        Patch(facecolor=look.paper, edgecolor=look.ink, label="not visited")]  # fmt: skip
+            handles += [
+                Patch(facecolor=look.masked, label="visited, needs the mask"),
+                Patch(facecolor=look.paper, edgecolor=look.ink, label="not visited"),
+            ]
         if n == 1:
             axes[0][0].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
         else:

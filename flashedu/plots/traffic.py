@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from flashedu.memory.gpus import GPU
 from flashedu.memory.trace import Event
 from flashedu.plots.style import STAGE_MARKER, spread, styled
 from flashedu.units import human_bytes
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def traffic(
@@ -54,7 +57,8 @@ def traffic(
         ax.set_xlabel(f"bytes moved between HBM and SRAM ({unit})", loc="left")
         ax.legend(
             handles=[Patch(facecolor=look.muted, label="read"),
-                     Patch(facecolor=look.muted, hatch="////", edgecolor=look.paper, label="written")],
+                     Patch(facecolor=look.muted, hatch="////", edgecolor=look.paper,
+                           label="written")],
             loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=2,
         )  # fmt: skip
         ax.set_title(title)
@@ -62,44 +66,51 @@ def traffic(
 
 
 def cumulative_traffic(traces: Mapping[str, Sequence[Event]], title: str) -> Figure:
-    """Curves: HBM bytes so far, over the run; the hatched part of each was written.
+    """Curves: HBM bytes so far over the run, and, dashed, those read; the rest was written.
 
     `traces`: label, beginning with the stage's name → its trace. A run is as long as its trace has
     events, and all are drawn equally long.
     """
     with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4.2))
+        largest = human_bytes(max(sum(event.hbm_bytes for event in t) for t in traces.values()))
+        unit = largest.split()[-1]
         ends, labels = [], []
         for turn, (label, trace) in enumerate(traces.items()):
             name = label.split()[0]
-            moved = np.cumsum([[event.hbm_bytes * (event.op == op) for event in trace]
-                               for op in ("load", "store")], axis=1) / 2**20  # fmt: skip
-            read, total = moved[0], moved.sum(0)
-            share = 100 * np.arange(len(trace) + 1) / len(trace)
-            read, total = np.r_[0, read], np.r_[0, total]
-            grey = look.stage[name]
-            ax.fill_between(share, read, total, step="post", facecolor="none", edgecolor=grey,
-                            hatch="////", linewidth=0)  # fmt: skip
-            every = np.unique(np.linspace(0, len(trace), 7).astype(int))[1:]
-            ax.step(share, total, where="post", color=grey, marker=STAGE_MARKER[name],
-                    markevery=list(every - (len(trace) // 30 * turn if len(trace) > 60 else 0)),
-                    markersize=7, markeredgecolor=look.ink)  # fmt: skip
-            ends.append(float(total[-1]))
-            written = human_bytes((total[-1] - read[-1]) * 2**20)
-            labels.append(f"{label} {human_bytes(total[-1] * 2**20)}, {written} written")
-        ax.set_xlim(0, 100)
-        ax.set_ylim(0, 1.06 * max(ends))
-        places = spread(ends, 0.062 * 1.06 * max(ends))
-        lift = max(0.0, 0.025 * max(ends) - min(places))
+            read, written = (
+                np.cumsum([0, *(event.hbm_bytes * (event.op == op) for event in trace)])
+                for op in ("load", "store")
+            )
+            n, moved = len(trace), read + written
+            labels.append(f"{label} {human_bytes(moved[-1])}, {human_bytes(written[-1])} written")
+            read, moved = read / UNITS[unit], moved / UNITS[unit]
+            share = 100 * np.arange(n + 1) / n
+            ax.step(share, read, where="post", color=look.stage[name], linestyle="--",
+                    linewidth=1.1)  # fmt: skip
+            # Markers of lines that coincide stand side by side.
+            at = np.unique(np.linspace(0, n, 7).astype(int))[1:] - (turn * n // 40 if n > 60 else 0)
+            ax.step(share, moved, where="post", color=look.stage[name], marker=STAGE_MARKER[name],
+                    markevery=list(at), markersize=7, markeredgecolor=look.ink,
+                    clip_on=False)  # fmt: skip
+            ends.append(float(moved[-1]))
+        top = 1.06 * max(ends)
+        places = spread(ends, 0.062 * top)
+        lift = max(0.0, 0.025 * top - min(places))
         for end, place, label in zip(ends, places, labels, strict=True):
-            at_end = {"arrowstyle": "-", "color": look.muted, "linewidth": 0.7, "shrinkB": 3}
+            line = {"arrowstyle": "-", "color": look.muted, "linewidth": 0.7, "shrinkB": 3}
             ax.annotate(label, (100, end), xytext=(104, place + lift), va="center",
-                        annotation_clip=False, arrowprops=at_end)  # fmt: skip
-        ax.legend(handles=[Patch(facecolor="none", edgecolor=look.muted, hatch="////",
-                                 linewidth=0, label="of these, written")],
-                  loc="upper left")  # fmt: skip
+                        annotation_clip=False, arrowprops=line)  # fmt: skip
+        ax.legend(
+            handles=[Line2D([], [], color=look.muted, label="moved"),
+                     Line2D([], [], color=look.muted, linestyle="--", linewidth=1.1,
+                            label="read")],
+            loc="upper left",
+        )  # fmt: skip
+        ax.set_xlim(0, 100)
+        ax.set_ylim(0, top)
         ax.set_xlabel("share of the run's events (%)")
-        ax.set_ylabel("HBM bytes so far (MiB)")
+        ax.set_ylabel(f"HBM bytes so far ({unit})")
         ax.set_title(title)
     return fig
 
