@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from itertools import combinations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex, to_rgba
+from matplotlib.colors import CSS4_COLORS, to_hex, to_rgba
 from matplotlib.text import Annotation, Text
 
 from flashedu import ladder, plots
@@ -157,6 +158,15 @@ def _each(colours):
         return [colours] if colours != "none" else []
     colours = np.atleast_2d(np.asarray(colours, dtype=float))
     return [colour for colour in colours if len(colour)]
+
+
+def test_no_figure_has_a_colour_of_its_own():
+    folder = Path(plots.__file__).parent
+    files = sorted(set(folder.glob("*.py")) - {folder / "style.py"})
+    named = "|".join(CSS4_COLORS)
+    for path in files:
+        found = re.findall(rf"[\"'](#[0-9A-Fa-f]{{3,8}}|C\d|{named})[\"']", path.read_text("utf-8"))
+        assert not found, f"{path.name} has {found}: a colour belongs into style.py"
 
 
 def test_themes_are_chosen_for_good_or_for_a_block():

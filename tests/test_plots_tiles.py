@@ -215,7 +215,7 @@ def test_many_tiles_have_no_numbers():
     fig = plots.visits(trace, p, "title")
     assert not fig.axes[0].texts
     assert turns(fig).count() == 13 * 12
-    assert fig.axes[0].child_axes[0].get_yticklabels()[-1].get_text() == "turn 468"
+    assert fig.axes[1].child_axes[0].get_yticklabels()[-1].get_text() == "turn 468"
 
 
 def test_whole_matrices_have_no_turns():

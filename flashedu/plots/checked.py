@@ -91,7 +91,9 @@ def l2_and_dram(
                     ax.barh(y, width / 2**20, left=left / 2**20, height=0.7, color=colour,
                             hatch=hatch, edgecolor=look.paper, linewidth=0.8)  # fmt: skip
                 ax.annotate(human_bytes(read + written), ((read + written) / 2**20, y),
-                            xytext=(5, 0), textcoords="offset points", va="center")  # fmt: skip
+                            xytext=(5, 0), textcoords="offset points", va="center",
+                            bbox={"facecolor": look.paper, "edgecolor": "none",
+                                  "pad": 0.8})  # fmt: skip
                 largest = max(largest, read + written)
             ax.axvline(compulsory_bytes / 2**20, color=look.ink, linestyle="--", linewidth=1.2)
             ax.set_xlim(0, 1.3 * largest / 2**20)

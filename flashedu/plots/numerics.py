@@ -103,14 +103,14 @@ def error_against_n(
         ax.legend(
             handles=[Line2D([], [], color=look.ink, marker="o", label="error"),
                      Line2D([], [], color=look.ink, linestyle="--", label="its budget")],
-            loc="lower left",
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0,
         )  # fmt: skip
         ax.set_xticks(n, [f"{value:,}" for value in n])
         ax.set_xlim(n[0] * 0.8, n[-1] * 4.2)
         ax.set_xlabel("keys N")
         ax.set_ylabel("largest error of o")
         ax.minorticks_off()
-        ax.set_title(title)
+        ax.set_title(title, pad=26)
     return fig
 
 

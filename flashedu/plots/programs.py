@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
@@ -147,9 +147,9 @@ def sm_timeline(
             bars = [[(run.start, run.sm), (run.stop, run.sm), (run.stop, run.sm + 1),
                      (run.start, run.sm + 1)] for run in runs]  # fmt: skip
             shades = [look.shades[run.program // of_a_head % 3] for run in runs]
-            hairline = 0.6 if sm_count <= 32 else 0.25
-            ax.add_collection(PolyCollection(bars, facecolors=shades, edgecolors=look.paper,
-                                             linewidths=hairline))  # fmt: skip
+            ax.add_collection(PolyCollection(bars, facecolors=shades, linewidths=0))
+            ends = [[(run.stop, run.sm), (run.stop, run.sm + 1)] for run in runs]
+            ax.add_collection(LineCollection(ends, colors=look.paper, linewidths=0.8))
             busy = sum(run.stop - run.start for run in runs) / (sm_count * last)
             ax.set_title(f"{label}: done at {last:,.0f}, {busy:.0%} busy", fontsize=10.5,
                          fontweight="normal")  # fmt: skip

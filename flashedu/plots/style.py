@@ -149,11 +149,11 @@ DARK = Look(
     shades=("#B57BC6", "#84529A", "#DDB8E8"),
     tints=("#5C3D66", "#38283E"),
     stage={
-        "naive": "#555555",
-        "tiled": "#7E7E7E",
-        "online": "#A7A7A7",
-        "flash1": "#D0D0D0",
-        "flash2": "#F9F9F9",
+        "naive": "#626262",
+        "tiled": "#898989",
+        "online": "#B0B0B0",
+        "flash1": "#D7D7D7",
+        "flash2": "#FEFEFE",
     },
     peer={
         "flash2": "#F4F4F4",

@@ -34,7 +34,7 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
         first[i // p.block_q, j // p.block_k] = found[0]
     last = max(map(max, turns.values()), default=1)
     with styled() as look:
-        fig, ax = plt.subplots(figsize=(8, 4.4))
+        fig, (ax, side) = plt.subplots(1, 2, figsize=(8, 4.4), width_ratios=(4.2, 1))
         few = rows * columns <= FEW
         x = np.minimum(np.arange(columns + 1) * p.block_k, p.Nk)
         y = np.minimum(np.arange(rows + 1) * p.block_q, p.Nq)
@@ -55,16 +55,18 @@ def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
         ax.add_collection(LineCollection(corners, colors=look.ink, linewidths=1.2, zorder=4))
         _axes(ax, p)
         again = max(map(len, turns.values()), default=1) > 1
-        bar = fig.colorbar(mesh, cax=ax.inset_axes((1.06, 0, 0.05, 0.55)))
+        bar = fig.colorbar(mesh, cax=side.inset_axes((0, 0.02, 0.15, 0.53)))
         bar.ax.invert_yaxis()
         bar.set_ticks([1, last], labels=["turn 1", f"turn {last:,}"])
         bar.ax.tick_params(length=0)
         bar.ax.set_title("first computed at" if again else "computed at", fontsize=10.5,
-                         fontweight="normal", pad=8)  # fmt: skip
+                         fontweight="normal", pad=8, loc="left")  # fmt: skip
         if p.causal:
             stroke = Line2D([], [], color=look.ink, linewidth=1.2, label="partly masked")
             blank = Patch(facecolor=look.paper, edgecolor=grey, label="skipped")
-            ax.legend(handles=[stroke, blank], loc="upper left", bbox_to_anchor=(1.02, 1))
+            side.legend(handles=[stroke, blank], loc="upper left", borderpad=0, borderaxespad=0)
+        side.axis("off")
+        ax.set_anchor("E")
         ax.set_title(title)
     return fig
 
@@ -133,10 +135,8 @@ def walks(
                 Patch(facecolor=look.masked, label="visited, needs the mask"),
                 Patch(facecolor=look.paper, edgecolor=look.ink, label="not visited"),
             ]
-        if n == 1:
-            axes[0][0].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
-        else:
-            fig.legend(handles=handles, loc="outside lower center", ncols=2)
+        columns = len(handles) if n == 1 else 2
+        fig.legend(handles=handles, loc="outside lower center", ncols=columns)
         headline(fig, title)
     return fig
 
