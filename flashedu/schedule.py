@@ -17,9 +17,9 @@ class Run(NamedTuple):
 
 
 def assign(work: Sequence[float], sms: int) -> list[Run]:
-    """One run a program. Programs start in the order of their numbers; a free SM takes the next.
+    """One run a program. They start in order of their numbers; a free SM takes the next.
 
-    `work`: how long each program runs. `sms`: SMs, each of which runs one program at a time. Of
+    `work`: how long each program runs. `sms`: SMs, each of which runs one at a time. Of
     several free ones, that with the lowest number takes it.
     Raises ValueError for less than one SM, and for a program of less than no work.
     """
@@ -27,7 +27,7 @@ def assign(work: Sequence[float], sms: int) -> list[Run]:
         raise ValueError(f"sms must be 1 or more, got {sms}")
     if min(work, default=0) < 0:
         raise ValueError(f"work must be 0 or more for each program, got {min(work)}")
-    free = [(0.0, sm) for sm in range(sms)]  # a heap: the SM that is free first stands first
+    free = [(0.0, sm) for sm in range(sms)]  # a heap: who is free first stands first
     runs = []
     for program, length in enumerate(work):
         start, sm = free[0]

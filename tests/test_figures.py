@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axis import Axis
 from matplotlib.colors import CSS4_COLORS, to_hex, to_rgba
 from matplotlib.text import Annotation, Text
 
@@ -43,23 +44,14 @@ def drawn(request):
 
 
 def texts(fig):
-    """All that is written, but for tick labels outside of the axis."""
-    shown = []
-    for text in fig.findobj(Text):
-        if text.get_text().strip() and text.get_visible() and _on_its_axis(text):
-            shown.append(text)
-    return shown
-
-
-def _on_its_axis(text):
-    """False for the label of a tick that lies beyond the limits, or of an axis that is off."""
-    for axis in (a for ax in text.get_figure().axes for a in (ax.xaxis, ax.yaxis)):
-        everywhere = [axis.get_major_ticks(), axis.get_minor_ticks()]
-        labels = [t for ticks in everywhere for tick in ticks for t in (tick.label1, tick.label2)]
-        if text in labels:
-            shown = axis._update_ticks() if axis.axes.axison else []
-            return any(text in (tick.label1, tick.label2) for tick in shown)
-    return True
+    """All that is written: not the labels of ticks beyond the limits, or of an axis that is off."""
+    hidden = set()
+    for axis in fig.findobj(Axis):
+        shown = axis._update_ticks() if axis.axes.axison else []
+        for tick in {*axis.get_major_ticks(), *axis.get_minor_ticks()} - set(shown):
+            hidden |= {tick.label1, tick.label2}
+    found = (text for text in fig.findobj(Text) if text.get_visible() and text not in hidden)
+    return [text for text in found if text.get_text().strip()]
 
 
 def extent(text, renderer):

@@ -354,7 +354,7 @@ def predicted_counted_measured() -> Figure:
     kernels = {}
     for name in ("tiled", "online", "flash1", "flash2"):
         found = {}
-        for size in (16, 32, 64, 128, 256):
+        for size in (32, 64, 128, 256):
             p = Problem(Nq=256, D=64, block_q=size, block_k=size)
             predicted = cost.FORWARD[name](p).hbm_bytes
             n_bytes = counted(name, p).counted.hbm_bytes
