@@ -17,7 +17,7 @@ class Run(NamedTuple):
 
 
 def assign(work: Sequence[float], sms: int) -> list[Run]:
-    """One run a program. They start in order of their numbers; a free SM takes the next.
+    """One run a program, in order of their numbers; an SM that is free takes the next.
 
     `work`: how long each program runs. `sms`: SMs, each of which runs one at a time. Of
     several free ones, that with the lowest number takes it.
