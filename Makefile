@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup lab test notebooks readme lint format bench lock clean
+.PHONY: help setup lab test notebooks readme figures lint format bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ notebooks: $(READY) ## execute the chapters and store them (CHAPTERS="01 03" pic
 
 readme: $(READY) ## write the README's ladder and picture
 	$(PY) tools/readme.py
+
+figures: $(READY) ## draw every figure, light and dark, into build/figures
+	$(PY) tools/figures.py
 
 lint: $(READY) ## check style and types
 	$(PY) -m ruff check .

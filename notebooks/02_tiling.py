@@ -82,8 +82,8 @@ tiled.attention(q6, k6, v6, block_q=2, block_k=2, machine=machine)
 fig = plots.visits(machine.trace, small, "Each tile of S is computed three times")
 
 # %% [markdown]
-# *Figure 1. The numbers are the turns at which a tile is computed. In the first row of tiles, turns 1, 2, 3
-# are for the maximum, 4, 5, 6 for the sum, and 7, 8, 9 for the output.*
+# *Figure 1. The numbers are the turns at which a tile is computed, and the colour is that of the first. In the
+# first row of tiles, turns 1, 2, 3 are for the maximum, 4, 5, 6 for the sum, and 7, 8, 9 for the output.*
 #
 # What one program holds in SRAM, for the first query tile:
 
@@ -229,8 +229,8 @@ for family in ("normal", "peaked", "large"):
 #
 # <details><summary>Answer</summary>
 #
-# Tiles above the diagonal are never loaded: here 3 of 9, and nearly half where there are many. The orange ones
-# hold the diagonal: they are computed, and partly masked.
+# Tiles above the diagonal are never loaded: here 3 of 9, and nearly half where there are many. Those with a
+# stroke hold the diagonal: they are computed, and partly masked.
 #
 # ```python
 # small = Problem(Nq=6, D=4, block_q=2, block_k=2, causal=True)

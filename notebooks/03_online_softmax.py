@@ -102,16 +102,20 @@ print(f"softmax over all, at v: {(p @ v.flatten()).item():.5f}")
 # %%
 row = Problem(Nq=1, Nk=24, D=1, dtype="float32", block_q=1, block_k=4)
 _, k, v, _ = draw(row, "rising", framework="torch", seed=3)
-machine = Machine(watch=["m_i", "l_i"])
+machine = Machine(watch=["m_i", "l_i", "acc_i"])
 online.attention(q, k, v, scale=1.0, block_q=1, block_k=4, machine=machine)
-m, l = ([tile.item() for tile in machine.watched[name][1:]] for name in ("m_i", "l_i"))
+m, l, acc = (
+    [tile.item() for tile in machine.watched[name][1:]]
+    for name in ("m_i", "l_i", "acc_i")
+)
 fig = plots.running_state(
-    k.flatten().tolist(), m, l, 4, "m never falls; l counts from the newest m"
+    k.flatten().tolist(), m, l, acc, 4, "m never falls; l and acc follow it"
 )
 
 # %% [markdown]
-# *Figure 1. While the maximum stands still, the sum grows. Where it jumps, what was summed before is scaled
-# down by α, and the terms of the new tile are added.*
+# *Figure 1. While the maximum stands still, the sum l grows. Where it rises (shaded), what was summed before, l
+# and acc alike, is scaled down by α, and the terms of the new tile are added. The terms of acc have the signs of
+# the values v, so it can fall below zero.*
 #
 # ## The order does not matter
 #

@@ -8,7 +8,6 @@
 # [07 · The backward kernels](07_flash2_backward.ipynb).
 
 # %%
-import heapq
 import math
 from collections import Counter
 
@@ -19,6 +18,7 @@ from flashedu.bench import compiled
 from flashedu.bench import record as speed_record
 from flashedu.memory import Problem, cost, gpu
 from flashedu.notebook import record, source, table
+from flashedu.schedule import assign, finish_times
 from flashedu.stages import flash2, reference
 from flashedu.testing import assert_right, draw
 from flashedu.units import human_bytes
@@ -239,6 +239,33 @@ fig = plots.busy_sms(
 # *Figure 2. `flash1` leaves 116 of 132 SMs idle. `flash2` fills nearly four waves. With fewer heads or longer
 # texts the difference grows: the number of heads is given, and the number of query tiles grows with N.*
 #
+# What is that worth in time? A model, not a measurement: each SM runs one program at a time, a GPU starts them in
+# the order of their numbers, and an SM that is done takes the next. A program's work is the number of tiles of S
+# that it visits, and each takes one unit of time.
+
+# %%
+source(assign)
+
+# %%
+sms = gpu("h200").sm_count
+tiles_of_a_row = real.Nk // real.block_k
+schedules = {
+    "flash1": assign([tiles_of_a_head * tiles_of_a_row] * real.H, sms),
+    "flash2": assign([tiles_of_a_row] * real.H * tiles_of_a_head, sms),
+}
+fig = plots.sm_timeline(
+    schedules,
+    sms,
+    "tiles of S, one after the other",
+    "The same work, spread over all SMs (16 heads, N = 4096)",
+    programs_a_head={"flash2": tiles_of_a_head},
+)
+
+# %% [markdown]
+# *Figure 3. Each bar is a program. Both compute 32,768 tiles of 128 × 64. Sixteen programs take 2048 units; 512
+# shorter ones take 256, an eighth, and the fourth wave leaves 16 SMs idle. In this model o costs nothing; on a
+# card, `flash1` is further behind.*
+#
 # ## Causal: tiles that are skipped
 #
 # With a causal mask, query n sees the keys 0 to n. A tile of S is then one of three kinds: all of it is
@@ -276,7 +303,7 @@ fig = plots.walks(
 )
 
 # %% [markdown]
-# *Figure 3. Each number is the program that visits the tile. A row of tiles is a program, and only the tile on
+# *Figure 4. Each number is the program that visits the tile. A row of tiles is a program, and only the tile on
 # the diagonal needs a mask. Programs count from the bottom, so that the longest row comes first.*
 #
 # For long sequences the share of the visited tiles comes close to a half, and that of the masked ones to none.
@@ -300,39 +327,28 @@ print(f"masked:  {masked} of these, {masked / (share * all_tiles):.0%}")
 source(flash2._tile_and_head.fn)
 
 # %% [markdown]
-# What does that buy? A model, not a measurement: each SM runs one program at a time, and a tile takes one
-# unit of time. N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after head, and within a head from
-# the shortest on, or from the longest.
-
+# What does that buy, in the model of Figure 3? N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after
+# head, and within a head from the shortest on, or from the longest.
 
 # %%
-def finish_times(work, sms):
-    busy_until = [0] * sms  # a heap: the SM that is free first stands first
-    for tiles in work:
-        heapq.heapreplace(busy_until, busy_until[0] + tiles)
-    return busy_until
-
-
-# %%
-sms = gpu("h200").sm_count
 tiles_of_program = [2 * (i + 1) for i in range(16384 // 128)]
-shortest_first = finish_times(4 * tiles_of_program, sms)
-longest_first = finish_times(4 * tiles_of_program[::-1], sms)
+orders = {"shortest first": tiles_of_program, "longest first": tiles_of_program[::-1]}
 fig = plots.waiting(
-    {"shortest first": shortest_first, "longest first": longest_first},
+    {order: finish_times(assign(4 * work, sms), sms) for order, work in orders.items()},
     4 * sum(tiles_of_program) / sms,
     "tiles computed",
     "Longest first, and no SM waits for long (causal, 512 programs on 132 SMs)",
 )
 
 # %% [markdown]
-# *Figure 4. The work is the same. In the wrong order it takes 652 units in place of 510, and 500 would be
+# *Figure 5. The work is the same. In the wrong order it takes 652 units in place of 510, and 500 would be
 # ideal. With many heads the end is a small part of the whole:*
 
 # %%
 for heads in (4, 16, 64):
-    slow = max(finish_times(heads * tiles_of_program, sms))
-    fast = max(finish_times(heads * tiles_of_program[::-1], sms))
+    slow, fast = (
+        max(finish_times(assign(heads * work, sms), sms)) for work in orders.values()
+    )
     print(f"{heads:2} heads: shortest first takes {slow / fast:.2f} times as long")
 
 # %% [markdown]
@@ -467,7 +483,7 @@ print(measured.label)
 fig = plots.speed(measured, 128, "flash2 is faster than SDPA flash (D = 128)")
 
 # %% [markdown]
-# *Figure 5. TFLOP/s in the forward, and in the backward of the next chapter. Higher is better. `flash2` passes SDPA
+# *Figure 6. TFLOP/s in the forward, and in the backward of the next chapter. Higher is better. `flash2` passes SDPA
 # flash at every length; cuDNN, which uses what only Hopper has, stays ahead.*
 #
 # And `flash1`, whose loops are the other way round:
@@ -479,7 +495,7 @@ fig = plots.speedup_against_heads(
 )
 
 # %% [markdown]
-# *Figure 6. With few heads `flash1` leaves most SMs idle, and `flash2` is tens to hundreds of times as fast. With 512
+# *Figure 7. With few heads `flash1` leaves most SMs idle, and `flash2` is tens to hundreds of times as fast. With 512
 # heads both fill the card, and what remains, some four to five times, is o crossing memory, and the work on it.*
 #
 # ## Is it right?

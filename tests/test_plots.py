@@ -55,15 +55,6 @@ def test_what_is_written_is_hatched(machine):
     assert sum(hatched) == pytest.approx(machine.counted.hbm_write_bytes)
 
 
-def test_every_tile_that_was_computed_shows_its_turns_and_no_other_does(machine):
-    fig = plots.visits(machine.trace, P, "title")
-    loads = [event for event in machine.trace if event.tensor == "k"]
-    turns = sorted(int(turn) for text in texts(fig) for turn in text.split(","))
-    assert turns == list(range(1, len(loads) + 1))
-    blank = [p for p in fig.axes[0].patches if to_rgb(p.get_facecolor()) == (1, 1, 1)]
-    assert len(fig.axes[0].patches) - len(blank) == len(texts(fig))
-
-
 def test_occupancy_ends_at_the_peak_that_was_counted(machine):
     fig = plots.sram_occupancy(machine.trace, "title", capacity_bytes=10_000)
     (line, _) = fig.axes[0].lines
@@ -73,7 +64,7 @@ def test_occupancy_ends_at_the_peak_that_was_counted(machine):
 def test_a_point_of_the_roofline_lies_on_the_roof_of_the_last_card():
     card = gpu("h200")
     fig = plots.roofline([gpu("t4"), card], {"naive": 10.0, "online": 1e4}, "float16", "title")
-    points = [line.get_xydata()[0] for line in fig.axes[0].lines if line.get_marker() != "None"]
+    points = [line.get_xydata()[0] for line in fig.axes[0].lines if line.get_marker() == "."]
     assert points[0] == pytest.approx([10, 10 * card.hbm_bytes_per_s / 1e12])
     assert points[1] == pytest.approx([1e4, card.tensor_flops_per_s / 1e12])
 
@@ -95,8 +86,48 @@ def test_curves_hold_the_numbers_given():
         [2**14, 2**15], {"tiled": [2**22, 2**21]}, [2**22, 2**21], GPUS[:1], "title"
     )
     assert [list(line.get_ydata()) for line in fig.axes[0].lines[:2]] == [[4, 2], [4, 2]]
-    fig = plots.running_state([1.0, 3.0, 2.0], [3.0, 3.0], [1.1, 1.5], 2, "title")
-    assert list(fig.axes[1].lines[0].get_ydata()) == [1.1, 1.1, 1.5]
+    fig = plots.running_state([1.0, 3.0, 2.0], [3.0, 3.0], [1.1, 1.5], [4.0, 5.0], 2, "title")
+    assert [list(ax.lines[0].get_ydata()) for ax in fig.axes] == [
+        [3.0, 3.0, 3.0], [1.1, 1.1, 1.5], [4.0, 4.0, 5.0],
+    ]  # fmt: skip
+
+
+def test_tiles_in_which_the_maximum_rose_have_their_factor():
+    m = [1.0, 1.0, 3.0]
+    fig = plots.running_state([1.0, 0.0, 1.0, 1.0, 2.0, 3.0], m, m, m, 2, "title")
+    assert texts(fig) == ["α = 0.14"]
+    assert fig.axes[1].texts[0].get_position()[0] == 5
+    shaded = [p.get_x() for p in fig.axes[2].patches]
+    assert shaded == [4]
+
+
+def test_curves_against_the_tile_hold_the_bytes_given():
+    stages = {"naive": [2**22, 2**22], "flash1": [2**24, 2**23]}
+    fig = plots.traffic_against_tile([16, 32], stages, "block_k", "title")
+    assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[4, 4], [16, 8]]
+    assert texts(fig) == ["naive: 4 MiB", "flash1: 8 MiB"]
+
+
+def test_bytes_so_far_end_at_the_bytes_counted(machine):
+    fig = plots.cumulative_traffic({"tiled": machine.trace, "online": machine.trace}, "title")
+    read, moved = (line.get_ydata() for line in fig.axes[0].lines[:2])
+    counted = machine.counted
+    assert (read[0], read[-1]) == (0, pytest.approx(counted.hbm_read_bytes))
+    assert (moved[0], moved[-1]) == (0, pytest.approx(counted.hbm_bytes))
+    assert len(moved) == len(machine.trace) + 1
+    assert all(later >= earlier for earlier, later in itertools.pairwise(moved))
+    first, second = fig.axes[0].texts
+    assert first.get_text() == "tiled 800 B, 96 B written"
+    assert fig.axes[0].get_ylabel() == "HBM bytes so far (B)"
+    assert first.xyann[1] != second.xyann[1]
+
+
+def test_labels_of_rungs_with_one_intensity_stand_apart():
+    names = [rung.name for rung in LADDER]
+    fig = plots.roofline([gpu("h200")], dict.fromkeys(names, 100.0), "float16", "title")
+    heights = sorted(t.xyann[1] for t in fig.axes[0].texts if t.get_text().endswith(": 100"))
+    assert len(heights) == len(names)
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 15.9
 
 
 def test_a_figure_leaves_the_readers_style_as_it_was(machine):
@@ -107,7 +138,7 @@ def test_a_figure_leaves_the_readers_style_as_it_was(machine):
 
 def test_every_rung_has_a_grey_and_a_marker_of_its_own():
     names = [rung.name for rung in LADDER]
-    for table in (style.STAGE, style.STAGE_MARKER):
+    for table in (style.LIGHT.stage, style.DARK.stage, style.STAGE_MARKER):
         assert list(table) == names
         assert len(set(table.values())) == len(names)
 
@@ -116,12 +147,13 @@ def luminance(colour):
     return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
 
 
-def test_tensors_that_stand_side_by_side_differ_in_greyscale():
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_tensors_that_stand_side_by_side_differ_in_greyscale(look):
     beside = [("k", "v"), ("s", "p"), ("q", "k"), ("v", "o")]
     for a, b in beside:
-        difference = abs(luminance(style.TENSOR[a]) - luminance(style.TENSOR[b]))
+        difference = abs(luminance(look.tensor[a]) - luminance(look.tensor[b]))
         assert difference > 0.08, f"{a} and {b} look alike without colour"
-    for a, b in itertools.combinations(style.STAGE.values(), 2):
+    for a, b in itertools.combinations(look.stage.values(), 2):
         assert abs(luminance(a) - luminance(b)) > 0.15
 
 
@@ -129,7 +161,8 @@ def test_tensors_that_stand_side_by_side_differ_in_greyscale():
     ("name", "tensor"), [("q", "q"), ("s_ij", "s"), ("dq", "q"), ("dq_sum", "q"), ("acc_i", "acc")]
 )
 def test_a_tile_and_a_gradient_have_the_colour_of_their_tensor(name, tensor):
-    assert style.colour_of(name) == style.TENSOR[tensor]
+    assert style.LIGHT.colour_of(name) == style.TENSOR[tensor]
+    assert style.DARK.colour_of(name) == style.DARK.tensor[tensor]
 
 
 # recorded speed
@@ -153,7 +186,7 @@ def test_the_speed_figure_has_a_line_for_each_peer_and_its_numbers(recorded):
                 for run in case["runs"]
                 if run["peer"] == peer and run["tflops"] is not None
             )
-            for peer in style.PEER
+            for peer in style.PEER_LINE
         } - {()}
         assert {tuple(c.lines[0].get_ydata()) for c in ax.containers} == want
 
@@ -199,9 +232,11 @@ def test_a_line_of_memory_ends_where_memory_did(recorded):
     assert len(lines["flash2"].get_ydata()) == 8
 
 
-def test_every_peer_has_a_grey_a_marker_and_a_line_of_its_own():
-    assert set(style.PEER) == set(PEERS)
-    assert len(set(style.PEER.values())) == len({m for _, m, _ in style.PEER.values()})
-    assert len({(grey, dashes) for grey, _, dashes in style.PEER.values()}) == len(PEERS)
-    greys = sorted({luminance(grey) for grey, _, _ in style.PEER.values()})
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_every_peer_has_a_grey_a_marker_and_a_line_of_its_own(look):
+    assert set(style.PEER_LINE) == set(look.peer) == set(PEERS)
+    assert len({marker for marker, _ in style.PEER_LINE.values()}) == len(PEERS)
+    lines = {(look.peer[peer], dashes) for peer, (_, dashes) in style.PEER_LINE.items()}
+    assert len(lines) == len(PEERS)
+    greys = sorted({luminance(grey) for grey in look.peer.values()})
     assert all(b - a > 0.05 for a, b in itertools.pairwise(greys))

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from flashedu import plots
 from flashedu.numerics import FORMATS
-from flashedu.plots import numerics
+from flashedu.plots import style
 from flashedu.testing import Error
 
 pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
@@ -76,11 +76,12 @@ def test_every_order_is_counted_once():
     assert {round(x): height for x, height in bars.items()} == {-2: 1, 0: 3, 1: 1}
 
 
-def test_every_format_has_a_colour_that_greyscale_tells_apart_and_a_marker():
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_every_format_has_a_colour_that_greyscale_tells_apart_and_a_marker(look):
     names = {form.name for form in FORMATS}
-    assert set(numerics.FORMAT) == set(numerics.FORMAT_MARKER) == names
-    assert len(set(numerics.FORMAT_MARKER.values())) == len(names)
-    greys = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in numerics.FORMAT.values()]
+    assert set(look.format) == set(style.FORMAT_MARKER) == names
+    assert len(set(style.FORMAT_MARKER.values())) == len(names)
+    greys = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in look.format.values()]
     for a, b in itertools.combinations(greys, 2):
         assert abs(a - b) > 0.12
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
-from matplotlib.collections import QuadMesh
-from matplotlib.colors import to_rgb
+from matplotlib.collections import PolyCollection, QuadMesh
+from matplotlib.colors import to_hex, to_rgb
 
 from flashedu import plots
-from flashedu.memory import Event
 from flashedu.plots import style
+from flashedu.schedule import assign
 
 pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
@@ -45,9 +47,10 @@ def test_each_launch_has_its_own_panel_and_says_its_numbers():
     ]
 
 
-def test_busy_and_idle_differ_in_greyscale():
-    luminance = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in (style.SRAM, style.FAINT)]
-    assert luminance[1] - luminance[0] > 0.5
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_busy_and_idle_differ_in_greyscale(look):
+    luminance = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in (look.sram, look.faint)]
+    assert abs(luminance[1] - luminance[0]) > 0.3
 
 
 @pytest.mark.parametrize(("n", "block"), [(10, 4), (8, 4), (1, 4)])
@@ -61,23 +64,44 @@ def test_elements_that_do_not_exist_are_dashed(n, block):
     assert sum("program" in text for text in texts(fig)) == programs
 
 
-def load(tensor, start):
-    return Event(0, "kernel", "load", tensor, start, start + 2, 0, 0, 0)
+def test_busy_and_waiting_add_up_to_the_last_sm_of_each_order():
+    finish = {"a": [3, 7, 5], "b": [5, 5, 6]}
+    fig = plots.waiting(finish, 5.0, "tiles", "title")
+    for ax, times in zip(fig.axes, finish.values(), strict=True):
+        heights = [patch.get_height() for patch in ax.patches]
+        assert heights[:3] == sorted(times, reverse=True)
+        assert [a + b for a, b in zip(heights[:3], heights[3:], strict=True)] == [max(times)] * 3
+        assert list(ax.lines[0].get_ydata()) == [5.0, 5.0]
+    assert [ax.get_title("left") for ax in fig.axes] == ["a: 7", "b: 6"]
+    assert len({ax.get_ylim() for ax in fig.axes}) == 1
 
 
-def test_turns_follow_the_inner_loop_of_a_trace():
-    starts = (0, 2, 4)
-    rows = [e for i in starts for e in (load("q", i), *(load("k", j) for j in starts))]
-    columns = [e for j in starts for e in (load("k", j), *(load("q", i) for i in starts))]
-    fig = plots.loop_orders({"online": rows, "flash1": columns}, 2, 2, "title")
-    places = [{int(t.get_text()): t.get_position() for t in ax.texts} for ax in fig.axes]
-    assert [places[0][turn] for turn in (1, 2, 4)] == [(1, 1), (3, 1), (1, 3)]
-    assert [places[1][turn] for turn in (1, 2, 4)] == [(1, 1), (1, 3), (3, 1)]
-    assert all(sorted(found) == list(range(1, 10)) for found in places)
+def runs(ax):
+    """(SM, start, stop) of each bar."""
+    (bars,) = (c for c in ax.collections if isinstance(c, PolyCollection))
+    boxes = [path.get_extents() for path in bars.get_paths()]
+    return [(round(box.y0), box.x0, box.x1) for box in boxes], bars.get_facecolors()
 
 
-def test_curves_against_the_tile_hold_the_bytes_given():
-    stages = {"naive": [2**22, 2**22], "flash1": [2**24, 2**23]}
-    fig = plots.traffic_against_tile([16, 32], stages, "block_k", "title")
-    assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[4, 4], [16, 8]]
-    assert texts(fig) == ["naive: 4 MiB", "flash1: 8 MiB"]
+def test_a_timeline_has_a_bar_for_each_program_on_its_sm():
+    schedules = {"a": assign([3, 1, 2], 2), "b": assign([1] * 5, 2)}
+    fig = plots.sm_timeline(schedules, 2, "unit", "title", programs_a_head={"b": 2})
+    for ax, found in zip(fig.axes, schedules.values(), strict=True):
+        assert runs(ax)[0] == [(run.sm, run.start, run.stop) for run in found]
+    assert [ax.get_title("left") for ax in fig.axes] == ["a: done at 3, 100% busy",
+                                                         "b: done at 3, 83% busy"]  # fmt: skip
+    assert len({ax.get_xlim() for ax in fig.axes}) == 1
+
+
+def test_programs_of_a_head_have_one_shade_and_the_next_head_another():
+    fig = plots.sm_timeline({"b": assign([1] * 5, 2)}, 2, "unit", "title",
+                            programs_a_head={"b": 2})  # fmt: skip
+    shades = [to_hex(colour).upper() for colour in runs(fig.axes[0])[1]]
+    first, second, third = style.LIGHT.shades
+    assert shades == [first, first, second, second, third]
+
+
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_shades_and_idle_are_told_apart_in_greyscale(look):
+    greys = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in (*look.shades, look.faint)]
+    assert all(abs(a - b) > 0.12 for a, b in itertools.combinations(greys, 2))

@@ -1,6 +1,10 @@
-"""Every figure of the course: functions from data to a matplotlib Figure. None computes results."""
+"""Every figure of the course: functions from data to a matplotlib Figure. None computes results.
 
-from flashedu.plots.flash2 import waiting, walks
+`use("dark")` draws all that follow for dark slides and notebooks; `theme("dark")` those of a `with`
+block.
+"""
+
+from flashedu.plots.checked import against_published, l2_and_dram, predicted_counted_measured
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
 from flashedu.plots.numerics import (
     against_budget,
@@ -10,33 +14,49 @@ from flashedu.plots.numerics import (
     running_sums,
     two_answers,
 )
-from flashedu.plots.programs import busy_sms, loop_orders, masked_tiles, traffic_against_tile
+from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, waiting
+from flashedu.plots.softmax import running_state
 from flashedu.plots.speed import memory, speed, speedup_against_heads
-from flashedu.plots.tiles import running_state, visits
-from flashedu.plots.traffic import bars, memory_against_n, traffic, traffic_against_sram
+from flashedu.plots.style import theme, use
+from flashedu.plots.tiles import loop_orders, visits, walks
+from flashedu.plots.traffic import (
+    bars,
+    cumulative_traffic,
+    memory_against_n,
+    traffic,
+    traffic_against_sram,
+    traffic_against_tile,
+)
 
 __all__ = [
     "against_budget",
+    "against_published",
     "bars",
     "bit_layout",
     "busy_sms",
+    "cumulative_traffic",
     "error_against_n",
     "hierarchy",
+    "l2_and_dram",
     "loop_orders",
     "masked_tiles",
     "memory",
     "memory_against_n",
     "orders",
+    "predicted_counted_measured",
     "roofline",
     "running_state",
     "running_sums",
+    "sm_timeline",
     "speed",
     "speedup_against_heads",
     "sram_occupancy",
+    "theme",
     "traffic",
     "traffic_against_sram",
     "traffic_against_tile",
     "two_answers",
+    "use",
     "visits",
     "waiting",
     "walks",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flashedu.bench.cases import MASKS, PASSES, PEERS
-from flashedu.plots.style import FAINT, INK, PEER, styled
+from flashedu.plots.style import PEER_LINE, Look, headline, styled
 from flashedu.units import human_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def speed(record: Record, D: int, title: str) -> Figure:
     cases = record.cases("speed", D=D)
     passes = [name for name in PASSES if any(case["pass"] == name for case in cases)]
     masks = sorted({case["causal"] for case in cases})
-    with styled():
+    with styled() as look:
         fig, axes = plt.subplots(
             len(passes), len(masks), figsize=(9.2, 0.9 + 2.8 * len(passes)),
             sharex=True, sharey="row", squeeze=False,
@@ -38,13 +38,13 @@ def speed(record: Record, D: int, title: str) -> Figure:
                     off = [[abs(run["tflops"] * (run["median_s"] / run[end] - 1))
                             for _, run in points] for end in ("p90_s", "p10_s")]  # fmt: skip
                     ns = [case["N"] for case, _ in points]
-                    _line(ax, peer, ns, middle, yerr=off)
+                    _line(ax, look, peer, ns, middle, yerr=off)
                 ax.set_title(f"{PASSES[name]}, {MASKS[causal]}", fontsize=10.5, fontweight="normal")
                 ax.set_ylim(bottom=0)
             row[0].set_ylabel("TFLOP/s")
         _n_axis(axes[-1], {case["N"] for case in cases})
         _legend(fig, axes.flat)
-        fig.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        headline(fig, title)
         _source(fig, record)
     return fig
 
@@ -56,10 +56,10 @@ def speedup_against_heads(record: Record, title: str) -> Figure:
     """
     cases = record.cases("flash1")
     kinds = sorted({(case["causal"], case["N"]) for case in cases})
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4))
-        looks = zip(kinds, ("#8C8C8C", INK) * 2, ("o", "D", "^", "s"), strict=False)
-        for (causal, n), grey, marker in looks:
+        lines = zip(kinds, (look.peer["flex"], look.ink) * 2, ("o", "D", "^", "s"), strict=False)
+        for (causal, n), grey, marker in lines:
             points = [
                 (case["B"] * case["H"], run["times_as_fast_as"]["flash1"])
                 for case in cases
@@ -79,9 +79,9 @@ def speedup_against_heads(record: Record, title: str) -> Figure:
         ticks = [2.0**e for e in range(-2, 10) if ax.get_ylim()[0] / 2 < 2.0**e < ax.get_ylim()[1]]
         ax.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
         ax.minorticks_off()
-        ax.axhline(1, color=FAINT, zorder=0)
+        ax.axhline(1, color=look.faint, zorder=0)
         sms = record.data["sm_count"]
-        ax.axvline(sms, color=INK, linewidth=0.9, linestyle=":")
+        ax.axvline(sms, color=look.ink, linewidth=0.9, linestyle=":")
         ax.text(sms, 1, f"{sms} SMs ", rotation=90, va="top", ha="right", fontsize=9,
                 transform=ax.get_xaxis_transform())  # fmt: skip
         ax.set_xlabel("heads in all, B·H: as many programs as flash1 has")
@@ -98,14 +98,14 @@ def memory(record: Record, title: str) -> Figure:
     A line that ends early ran out of memory.
     """
     cases = record.cases("memory")
-    with styled():
+    with styled() as look:
         fig, ax = plt.subplots(figsize=(8, 4))
         for peer, points in _by_peer(cases, "extra_bytes").items():
             ns = [case["N"] for case, _ in points]
-            _line(ax, peer, ns, [run["extra_bytes"] for _, run in points])
+            _line(ax, look, peer, ns, [run["extra_bytes"] for _, run in points])
         ax.set_yscale("log", base=2)
         if total := record.data.get("memory_bytes"):
-            ax.axhline(total, color=INK, linewidth=0.9, linestyle=":")
+            ax.axhline(total, color=look.ink, linewidth=0.9, linestyle=":")
             text = f"all the memory of the {record.data['card']}"
             ax.text(1, total, text, va="bottom", ha="right", fontsize=9,
                     transform=ax.get_yaxis_transform())  # fmt: skip
@@ -121,14 +121,14 @@ def memory(record: Record, title: str) -> Figure:
 
 
 def _source(fig: Figure, record: Record) -> None:
-    fig.supxlabel(record.label, x=0.01, ha="left", fontsize=8.5)
+    fig.supxlabel(record.label, x=0.01, ha="left", fontsize=9.0 * max(1.0, fig.get_figwidth() / 8))
 
 
 def _by_peer(
     cases: Iterable[Mapping[str, Any]], value: str
 ) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
     """peer → its (case, run) that have the value, by N, in the order of the styles."""
-    found: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {p: [] for p in PEER}
+    found: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {p: [] for p in PEER_LINE}
     for case in sorted(cases, key=lambda case: case["N"]):
         for run in case["runs"]:
             if run[value] is not None:
@@ -136,9 +136,9 @@ def _by_peer(
     return {peer: points for peer, points in found.items() if points}
 
 
-def _line(ax: Axes, peer: str, x: list[int], y: list[float], yerr: Any = None) -> None:
-    grey, marker, dashes = PEER[peer]
-    ax.errorbar(x, y, yerr=yerr, color=grey, marker=marker, linestyle=dashes, capsize=2,
+def _line(ax: Axes, look: Look, peer: str, x: list[int], y: list[float], yerr: Any = None) -> None:
+    marker, dashes = PEER_LINE[peer]
+    ax.errorbar(x, y, yerr=yerr, color=look.peer[peer], marker=marker, linestyle=dashes, capsize=2,
                 label=PEERS[peer])  # fmt: skip
 
 

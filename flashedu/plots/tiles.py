@@ -1,85 +1,230 @@
-"""Figures of the score matrix: which tiles are computed, and one row of it as it grows."""
+"""Figures of the score matrix: when each tile is computed, in which order, by which program."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from flashedu.memory.problem import Problem
 from flashedu.memory.trace import Event
-from flashedu.plots.style import FAINT, INK, TENSOR, styled
+from flashedu.memory.trace import visits as visited_tiles
+from flashedu.plots.style import Look, headline, styled
+
+FEW = 144  # so many tiles have room for numbers
 
 
 def visits(trace: Sequence[Event], problem: Problem, title: str) -> Figure:
-    """The N × N scores in tiles, each with the order in which a trace computed it.
+    """The N × N scores in tiles, coloured by when a trace of one head computed them first.
 
-    Tiles that were never computed are blank; one computed more than once shows each time.
+    Tiles that were never computed are blank, and a stroke marks those that the causal mask cuts. Up
+    to 144 tiles have the numbers of all their turns. Raises ValueError for a stage without tiles.
     """
-    order: dict[tuple[int, int], list[int]] = {}
-    row, computed = 0, 0
-    for event in trace:
-        if event.tensor == "q":
-            row = event.start
-        if event.tensor == "k":
-            computed += 1
-            order.setdefault((row, event.start), []).append(computed)
-    with styled():
-        fig, ax = plt.subplots(figsize=(8, 4.4))
-        for i in range(0, problem.Nq, problem.block_q):
-            for j in range(0, problem.Nk, problem.block_k):
-                times = order.get((i, j))
-                height = min(problem.block_q, problem.Nq - i)
-                width = min(problem.block_k, problem.Nk - j)
-                hidden = problem.causal and j + width - 1 > i + problem.Nk - problem.Nq
-                colour = "white" if times is None else "#F3B58F" if hidden else TENSOR["s"]
-                ax.add_patch(Rectangle((j, i), width, height, facecolor=colour,
-                                       edgecolor=INK, linewidth=0.8))  # fmt: skip
-                if times is not None:
-                    text = ", ".join(map(str, times))
-                    ax.text(j + width / 2, i + height / 2, text, ha="center", va="center",
-                            fontweight="bold", fontsize=9, zorder=5,
-                            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
-        if problem.causal:
-            seen = np.clip(np.arange(problem.Nq) + problem.Nk - problem.Nq + 1, 0, problem.Nk)
-            edges = np.repeat(np.arange(problem.Nq + 1), 2)[1:-1]
-            ax.plot(np.repeat(seen, 2), edges, color=INK, linewidth=1.2)
-        ax.set_xlim(0, 1.004 * problem.Nk)
-        ax.set_ylim(1.004 * problem.Nq, 0)
-        ax.set_aspect("equal")
-        ax.set_xlabel("key")
-        ax.set_ylabel("query")
-        handles = [Patch(facecolor=TENSOR["s"], label="computed")]
-        if problem.causal:
-            handles += [Patch(facecolor="#F3B58F", label="computed, partly masked"),
-                        Patch(facecolor="white", edgecolor=INK, label="skipped")]  # fmt: skip
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
+    p, turns = problem, _turns(trace)
+    rows, columns = -(-p.Nq // p.block_q), -(-p.Nk // p.block_k)
+    first = np.ma.masked_all((rows, columns))
+    for (i, j), found in turns.items():
+        first[i // p.block_q, j // p.block_k] = found[0]
+    last = max(map(max, turns.values()), default=1)
+    with styled() as look:
+        fig, (ax, side) = plt.subplots(1, 2, figsize=(8, 4.4), width_ratios=(4.2, 1))
+        few = rows * columns <= FEW
+        x = np.minimum(np.arange(columns + 1) * p.block_k, p.Nk)
+        y = np.minimum(np.arange(rows + 1) * p.block_q, p.Nq)
+        grey, width, above = (look.ink, 0.8, 3) if few else (look.muted, 0.3, 0)
+        ax.vlines(x, 0, p.Nq, color=grey, linewidth=width, zorder=above)
+        ax.hlines(y, 0, p.Nk, color=grey, linewidth=width, zorder=above)
+        mesh = ax.pcolormesh(x, y, first, cmap=look.turn_map, norm=Normalize(1, max(2, last)))
+        if few:
+            colours = mesh.to_rgba(first)
+            for (i, j), found in turns.items():
+                colour = colours[i // p.block_q, j // p.block_k]
+                middle = (min(j + p.block_k, p.Nk) + j) / 2, (min(i + p.block_q, p.Nq) + i) / 2
+                ax.text(*middle, ", ".join(map(str, found)), ha="center", va="center",
+                        fontweight="bold", zorder=5, color=look.text_on(colour),
+                        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
+        cut = [tile for tile in turns if _is_masked(p, *tile)]
+        corners = [[(j, i), (min(j + p.block_k, p.Nk), min(i + p.block_q, p.Nq))] for i, j in cut]
+        ax.add_collection(LineCollection(corners, colors=look.ink, linewidths=1.2, zorder=4))
+        _axes(ax, p)
+        again = max(map(len, turns.values()), default=1) > 1
+        bar = fig.colorbar(mesh, cax=side.inset_axes((0, 0.02, 0.15, 0.53)))
+        bar.ax.invert_yaxis()
+        bar.set_ticks([1, last], labels=["turn 1", f"turn {last:,}"])
+        bar.ax.tick_params(length=0)
+        bar.ax.set_title("first computed at" if again else "computed at", fontsize=10.5,
+                         fontweight="normal", pad=8, loc="left")  # fmt: skip
+        if p.causal:
+            stroke = Line2D([], [], color=look.ink, linewidth=1.2, label="partly masked")
+            blank = Patch(facecolor=look.paper, edgecolor=grey, label="skipped")
+            side.legend(handles=[stroke, blank], loc="upper left", borderpad=0, borderaxespad=0)
+        side.axis("off")
+        ax.set_anchor("E")
         ax.set_title(title)
     return fig
 
 
-def running_state(
-    scores: Sequence[float], m: Sequence[float], l: Sequence[float], block_k: int, title: str
+def loop_orders(
+    traces: Mapping[str, Sequence[Event]], block_q: int, block_k: int, title: str
 ) -> Figure:
-    """One row: its scores, and the running maximum m and sum l after each tile of keys."""
-    with styled():
-        fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-        n = len(scores)
-        top.bar(np.arange(n) + 0.5, scores, width=0.7, color=TENSOR["s"], label="scores s")
-        edges = np.minimum(np.arange(1, len(m) + 1) * block_k, n)
-        top.step(np.r_[0, edges], np.r_[m[0], m], where="pre", color=TENSOR["m"], linewidth=2.6,
-                 label="running maximum m")  # fmt: skip
-        bottom.step(np.r_[0, edges], np.r_[l[0], l], where="pre", color=TENSOR["l"], linewidth=2.6)
-        for ax in (top, bottom):
-            for edge in edges[:-1]:
-                ax.axvline(edge, color=FAINT, zorder=0)
-        top.set_ylabel("score")
-        top.legend(loc="upper left", ncols=2)
-        top.set_ylim(top=1.35 * max(scores))
-        bottom.set_ylabel("running sum l")
-        bottom.set_xlabel(f"key (a line ends a tile of {block_k})")
-        top.set_title(title)
+    """The tiles of S of one head, a grid a trace, each with its turn; each is computed once."""
+    with styled() as look:
+        fig, axes = plt.subplots(1, len(traces), figsize=(8, 3.3), squeeze=False)
+        for ax, (label, trace) in zip(axes[0], traces.items(), strict=True):
+            turns = visited_tiles(trace)
+            for turn, (i, j, _) in enumerate(turns, 1):
+                ax.add_patch(Rectangle((j, i), block_k, block_q, facecolor=look.masked,
+                                       edgecolor=look.paper, linewidth=2))  # fmt: skip
+                ax.text(j + 0.5 * block_k, i + 0.5 * block_q, str(turn), ha="center", va="center",
+                        fontweight="bold", zorder=5, color=look.text_on(look.masked),
+                        bbox={"facecolor": look.masked, "edgecolor": "none", "pad": 1})  # fmt: skip
+            ax.plot([j + 0.5 * block_k for _, j, _ in turns],
+                    [i + 0.5 * block_q for i, _, _ in turns],
+                    color=look.ink, linewidth=1.3, zorder=3)  # fmt: skip
+            Nq, Nk = max(i for i, _, _ in turns), max(j for _, j, _ in turns)
+            ax.set_xticks(range(0, Nk + block_k + 1, block_k))
+            ax.set_yticks(range(0, Nq + block_q + 1, block_q))
+            ax.set_xlim(0, 1.01 * (Nk + block_k))
+            ax.set_ylim(1.01 * (Nq + block_q), 0)
+            ax.set_aspect("equal")
+            ax.set_xlabel("key")
+            ax.set_ylabel("query")
+            ax.set_title(label, fontweight="normal", fontsize=10.5)
+        headline(fig, title)
     return fig
+
+
+def walks(
+    trace: Sequence[Event],
+    problem: Problem,
+    kernels: Mapping[str, str],
+    title: str,
+    *,
+    mark: int | None = None,
+) -> Figure:
+    """The N × N scores in tiles, each with the program of a Triton kernel that visits it.
+
+    `trace`: of one head. `kernels`: name in the trace → what stands above its panel. `mark`: the
+    program whose walk is drawn, with the tensors that stay and those that pass by; None for none.
+    """
+    with styled() as look:
+        n = len(kernels)
+        fig, axes = plt.subplots(1, n, figsize=(8 if n == 1 else 4.4 * n, 4.4), squeeze=False)
+        for ax, (kernel, above) in zip(axes[0], kernels.items(), strict=True):
+            events = [event for event in trace if event.kernel == kernel]
+            if not events:
+                known = ", ".join(dict.fromkeys(event.kernel for event in trace))
+                raise ValueError(f"kernels must be in the trace ({known}), got {kernel!r}")
+            _walk(ax, look, events, problem, mark)
+            ax.set_title(above, loc="center", fontweight="normal", fontsize=10.5)
+        handles = [Patch(facecolor=look.tensor["s"], label="visited")]
+        if mark is not None:
+            handles = [
+                Patch(facecolor=look.tensor["s"], label=f"visited by program {mark}"),
+                Patch(facecolor=look.faint, label="by the program of that number"),
+            ]
+        if problem.causal:
+            handles += [
+                Patch(facecolor=look.masked, label="visited, needs the mask"),
+                Patch(facecolor=look.paper, edgecolor=look.ink, label="not visited"),
+            ]
+        columns = len(handles) if n == 1 else 2
+        fig.legend(handles=handles, loc="outside lower center", ncols=columns)
+        headline(fig, title)
+    return fig
+
+
+def _walk(ax: Any, look: Look, events: Sequence[Event], p: Problem, mark: int | None) -> None:
+    first_step = events[0].step
+    visited: dict[tuple[int, int], int] = {}
+    for i, j, step in visited_tiles(events):
+        program = step - first_step
+        if visited.setdefault((i, j), program) != program:
+            raise ValueError(
+                f"trace must be of one head, got programs {visited[i, j]} and {program} at the "
+                f"tile of query {i} and key {j}"
+            )
+    for i in range(0, p.Nq, p.block_q):
+        for j in range(0, p.Nk, p.block_k):
+            shown = visited.get((i, j))
+            height, width = min(p.block_q, p.Nq - i), min(p.block_k, p.Nk - j)
+            colour = look.masked if _is_masked(p, i, j) else look.tensor["s"]
+            if mark is not None and shown != mark:
+                colour = look.faint
+            colour = look.paper if shown is None else colour
+            ax.add_patch(Rectangle((j, i), width, height, facecolor=colour, edgecolor=look.ink,
+                                   linewidth=0.8))  # fmt: skip
+            if shown is not None:
+                ax.text(j + width / 2, i + height / 2, str(shown), ha="center", va="center",
+                        fontweight="bold" if colour == look.tensor["s"] else "normal",
+                        color=look.text_on(colour),
+                        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
+    _axes(ax, p)
+    ax.set_xticks(range(0, p.Nk + 1, 2 * p.block_k))
+    ax.set_yticks(range(0, p.Nq + 1, 2 * p.block_q))
+    if mark is not None:
+        _arrows(ax, look, [tile for tile, program in visited.items() if program == mark], p)
+        ax.set_xlabel(f"key\n{_described(events)}")
+
+
+def _arrows(ax: Any, look: Look, walk: Sequence[tuple[int, int]], p: Problem) -> None:
+    """One along each run of neighbours: tiles that need the mask come last, wherever they are."""
+    down = walk[0][1] == walk[-1][1]
+    first = walk[0]
+    for tile, then in zip(walk, [*walk[1:], (-1, -1)], strict=True):
+        (i, j), bottom, right = tile, min(tile[0] + p.block_q, p.Nq), min(tile[1] + p.block_k, p.Nk)
+        if then == ((bottom, j) if down else (i, right)):
+            continue
+        x, y = j + 0.16 * p.block_k, i + 0.84 * p.block_q
+        start = (x, first[0] + 0.1 * p.block_q) if down else (first[1] + 0.1 * p.block_k, y)
+        stop = (x, bottom - 0.1 * p.block_q) if down else (right - 0.1 * p.block_k, y)
+        arrow = {"arrowstyle": "-|>", "color": look.ink, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", stop, start, arrowprops=arrow)
+        first = then
+
+
+def _described(events: Sequence[Event]) -> str:
+    """What stays with a program, what passes by, and what it stores."""
+    loads = [event.tensor for event in events if event.op == "load"]
+    programs = len({event.step for event in events})
+    stay = [name for name in dict.fromkeys(loads) if loads.count(name) == programs]
+    pass_by = [name for name in dict.fromkeys(loads) if loads.count(name) > programs]
+    stored = dict.fromkeys(event.tensor for event in events if event.op == "store")
+    return (
+        f"loaded once: {', '.join(stay)}\npass by: {', '.join(pass_by)}\n"
+        f"stored once: {', '.join(stored)}"
+    )
+
+
+def _turns(trace: Sequence[Event]) -> dict[tuple[int, int], list[int]]:
+    """(first query, first key) of a tile → its turns."""
+    turns: dict[tuple[int, int], list[int]] = {}
+    is_triton = not any(event.sram_bytes for event in trace)
+    for turn, (i, j, _) in enumerate(visited_tiles(trace), 1):
+        if is_triton and (i, j) in turns:
+            raise ValueError(
+                f"trace must be of one kernel and one head, got the tile of query {i} and key {j} "
+                f"twice"
+            )
+        turns.setdefault((i, j), []).append(turn)
+    return turns
+
+
+def _is_masked(p: Problem, i: int, j: int) -> bool:
+    """Whether some query of the tile does not see some key of it."""
+    return p.causal and min(j + p.block_k, p.Nk) - 1 > i + p.Nk - p.Nq
+
+
+def _axes(ax: Any, p: Problem) -> None:
+    ax.set_xlim(0, 1.004 * p.Nk)
+    ax.set_ylim(1.004 * p.Nq, 0)
+    ax.set_aspect("equal")
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")

@@ -1,15 +1,16 @@
-"""The figures of flash2's programs show what its trace holds, and read without colour."""
+"""The figures of the score matrix show what a trace holds, and read without colour."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex, to_rgb
 
 from flashedu import ladder, plots
-from flashedu.memory import Problem, cost
+from flashedu.memory import Event, Problem, cost
+from flashedu.memory.trace import visits
 from flashedu.plots import style
-from flashedu.plots.flash2 import MASKED
 
 SQUARE = Problem(Nq=64, D=16, block_q=16, block_k=16)
 # 5 query tiles, the last of 2 rows, and 4 key tiles, the last of 6
@@ -79,7 +80,7 @@ def test_a_tile_needs_the_mask_if_one_of_its_queries_sees_only_some_of_its_keys(
         found = colours(ax)
         for i, j in numbers(ax):
             whole = sees[16 * i : 16 * i + 16, 16 * j : 16 * j + 16].all()
-            wanted = style.TENSOR["s"] if whole else MASKED
+            wanted = style.TENSOR["s"] if whole else style.LIGHT.masked
             assert found[i, j] == wanted.lower()
 
 
@@ -139,22 +140,93 @@ def test_a_kernel_that_is_not_in_the_trace_is_refused():
         plots.walks(trace, SQUARE, {"flash2 dq": "dq"}, "title")
 
 
-def test_busy_and_waiting_add_up_to_the_last_sm_of_each_order():
-    finish = {"a": [3, 7, 5], "b": [5, 5, 6]}
-    fig = plots.waiting(finish, 5.0, "tiles", "title")
-    for ax, times in zip(fig.axes, finish.values(), strict=True):
-        heights = [patch.get_height() for patch in ax.patches]
-        assert heights[:3] == sorted(times, reverse=True)
-        assert [a + b for a, b in zip(heights[:3], heights[3:], strict=True)] == [max(times)] * 3
-        assert list(ax.lines[0].get_ydata()) == [5.0, 5.0]
-    assert [ax.get_title("left") for ax in fig.axes] == ["a: 7", "b: 6"]
-    assert len({ax.get_ylim() for ax in fig.axes}) == 1
-
-
-def test_tiles_and_programs_are_told_apart_in_greyscale():
+@pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
+def test_tiles_are_told_apart_in_greyscale(look):
     def luminance(colour):
         return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
 
-    for a, b in ((style.TENSOR["s"], MASKED), (MASKED, "white"), (style.TENSOR["s"], style.FAINT),
-                 (style.SRAM, style.FAINT)):  # fmt: skip
+    s = look.tensor["s"]
+    for a, b in ((s, look.masked), (look.masked, look.paper), (s, look.faint)):
         assert abs(luminance(a) - luminance(b)) > 0.15
+
+
+def load(tensor, start):
+    return Event(0, "kernel", "load", tensor, start, start + 2, 0, 0, 0)
+
+
+def test_turns_follow_the_inner_loop_of_a_trace():
+    starts = (0, 2, 4)
+    rows = [e for i in starts for e in (load("q", i), *(load("k", j) for j in starts))]
+    columns = [e for j in starts for e in (load("k", j), *(load("q", i) for i in starts))]
+    fig = plots.loop_orders({"online": rows, "flash1": columns}, 2, 2, "title")
+    places = [{int(t.get_text()): t.get_position() for t in ax.texts} for ax in fig.axes]
+    assert [places[0][turn] for turn in (1, 2, 4)] == [(1, 1), (3, 1), (1, 3)]
+    assert [places[1][turn] for turn in (1, 2, 4)] == [(1, 1), (1, 3), (3, 1)]
+    assert all(sorted(found) == list(range(1, 10)) for found in places)
+
+
+# when each tile is computed
+
+
+def turns(fig):
+    """The turn at which each tile was computed first, as coloured; masked: never."""
+    (mesh,) = (c for c in fig.axes[0].collections if isinstance(c, QuadMesh))
+    return mesh.get_array()
+
+
+def strokes(fig):
+    """(query tile, key tile) of those with a stroke."""
+    lines = [c for c in fig.axes[0].collections if isinstance(c, LineCollection)][-1]
+    return {(int(s[0, 1]) // 16, int(s[0, 0]) // 16) for s in lines.get_segments()}
+
+
+@pytest.mark.parametrize("stage", ["tiled", "online", "flash1", "flash2"])
+def test_tiles_are_coloured_by_the_turn_at_which_they_were_computed_first(stage, problem):
+    trace = ladder.count(stage, problem, trace=True).trace
+    fig = plots.visits(trace, problem, "title")
+    found = turns(fig)
+    first = {}
+    for turn, (i, j, _) in enumerate(visits(trace), 1):
+        first.setdefault((i // 16, j // 16), turn)
+    assert found.shape == (-(-problem.Nq // 16), -(-problem.Nk // 16))
+    assert {tile: int(found[tile]) for tile in zip(*np.nonzero(~found.mask), strict=True)} == first
+    numbers = [t.get_text() for t in fig.axes[0].texts]
+    assert sorted(int(n) for text in numbers for n in text.split(",")) == list(
+        range(1, len(visits(trace)) + 1)
+    )
+
+
+def test_a_stroke_marks_the_tiles_that_need_the_mask(trace, problem):
+    forward = [event for event in trace if event.kernel == "flash2"]
+    sees = np.tri(problem.Nq, problem.Nk, problem.Nk - problem.Nq, dtype=bool)
+    if not problem.causal:
+        sees[:] = True
+    some = {
+        (i // 16, j // 16)
+        for i, j, _ in visits(forward)
+        if not sees[i : i + 16, j : j + 16].all()
+    }  # fmt: skip
+    assert strokes(plots.visits(forward, problem, "title")) == some
+
+
+def test_many_tiles_have_no_numbers():
+    p = Problem(Nq=26, Nk=24, D=4, block_q=2, block_k=2)
+    trace = ladder.count("tiled", p, trace=True).trace
+    fig = plots.visits(trace, p, "title")
+    assert not fig.axes[0].texts
+    assert turns(fig).count() == 13 * 12
+    assert fig.axes[1].child_axes[0].get_yticklabels()[-1].get_text() == "turn 468"
+
+
+def test_whole_matrices_have_no_turns():
+    trace = ladder.count("naive", SQUARE, trace=True).trace
+    with pytest.raises(ValueError, match="in tiles, got 'naive scores', which moves the whole"):
+        plots.visits(trace, SQUARE, "title")
+
+
+def test_turns_of_two_heads_or_two_kernels_are_refused():
+    two = SQUARE.replace(H=2)
+    for problem, backward in ((two, False), (SQUARE, True)):
+        trace = ladder.count("flash2", problem, trace=True, backward=backward).trace
+        with pytest.raises(ValueError, match="one kernel and one head, got the tile of query 0"):
+            plots.visits(trace, problem, "title")
