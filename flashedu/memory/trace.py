@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+Tile = tuple[int, int, int]  # rows, columns, bytes
 
 
 class Event(NamedTuple):
     """One load, store or hold.
 
     `hbm_bytes` is summed over all programs (batches and heads), 0 for a hold: a tile that was
-    made in SRAM and moved nothing. `sram_bytes` is what one program holds just after the event.
-    A Triton kernel is traced program by program: `step` is then the number of the program, and
-    what it holds is not known (0).
+    made in SRAM and moved nothing. `sram_bytes` is what one program holds just after the event, and
+    `live` lists it, tile by tile. A Triton kernel is traced program by program: `step` is then the
+    number of the program, and what it holds is not known (0 and nothing).
     """
 
     step: int  # counts the passes through tile loops
@@ -23,3 +26,30 @@ class Event(NamedTuple):
     hbm_bytes: int
     sram_bytes: int
     line: int  # of the stage's source
+    live: tuple[tuple[str, Tile], ...] = ()  # name, and rows, columns and bytes
+
+
+class Visit(NamedTuple):
+    """A tile of the scores, when it was computed."""
+
+    at: int  # the event that loaded what it still needed: its place in the trace
+    query: int  # first row of the tile
+    key: int  # its first column
+
+
+def visits(trace: Sequence[Event]) -> list[Visit]:
+    """The tiles of S in the order in which a trace computed them.
+
+    Of q and k, what a kernel loads first stays on chip, and each load of the other is a visit.
+    """
+    found: list[Visit] = []
+    kernel = None
+    for at, event in enumerate(trace):
+        if event.op != "load" or event.tensor not in ("q", "k"):
+            continue
+        if event.kernel != kernel:
+            kernel, stays, first = event.kernel, event.tensor, {"q": 0, "k": 0}
+        first[event.tensor] = event.start
+        if event.tensor != stays:
+            found.append(Visit(at, first["q"], first["k"]))
+    return found
