@@ -13,6 +13,7 @@ import torch
 
 from flashedu.memory import UNCOUNTED, Machine, Problem, SRAMOverflow, cost
 from flashedu.memory.sram import SRAM
+from flashedu.memory.trace import visits
 from flashedu.stages import LADDER, Rung, naive, online, tiled
 from flashedu.testing import draw
 from tests.contract import GQA, PRIMES, Subject
@@ -307,6 +308,50 @@ def test_the_trace_tells_what_the_counters_say(rung: Rung) -> None:
     assert peak == (0 if rung.is_triton else machine.sram_peak_bytes)
     steps = [event.step for event in machine.trace]
     assert steps == sorted(steps)
+
+
+@every_rung
+def test_each_event_lists_what_is_on_chip(rung: Rung) -> None:
+    for event in run(rung, P, Machine()).trace:
+        assert sum(size for _, (_, _, size) in event.live) == event.sram_bytes
+        if event.op == "hold" or (event.op == "load" and not rung.is_triton):
+            rows, _, _ = dict(event.live)[event.tensor]
+            assert rows == event.stop - event.start
+    if rung.is_triton:
+        assert not event.live
+
+
+@every_rung
+def test_visits_are_the_tiles_of_the_scores_in_order(rung: Rung) -> None:
+    p = Problem(Nq=40, Nk=50, D=4, block_q=16, block_k=32)
+    machine = run(rung, p, Machine(), backward=False)
+    found = visits(machine.trace)
+    rows, cols = [0, 16, 32], [0, 32]
+    want = {
+        "naive": [(0, 0)],
+        "tiled": [(i, j) for i in rows for _ in range(3) for j in cols],
+        "flash1": [(i, j) for j in cols for i in rows],  # the loops the other way round
+    }
+    assert [(query, key) for _, query, key in found] == want.get(
+        rung.name, list(itertools.product(rows, cols))
+    )
+    inner = "q" if rung.name == "flash1" else "k"
+    for at, query, key in found:
+        event = machine.trace[at]
+        assert (event.op, event.tensor) == ("load", inner)
+        assert event.start == (query if inner == "q" else key)
+
+
+def test_visits_of_a_backward_begin_anew_in_each_kernel() -> None:
+    q, k, v, do = draw(Problem(Nq=4, D=2), framework="torch")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    machine = Machine()
+    online.attention(q, k, v, block_q=2, block_k=2, machine=machine).backward(do)
+    gradients = [e for e in machine.trace if e.kernel == "online gradients"]
+    down = [(query, key) for key in (0, 2) for query in (0, 2)]  # k stays, q passes by
+    assert [(query, key) for _, query, key in visits(gradients)] == down
+    forward = [(query, key) for query in (0, 2) for key in (0, 2)]
+    assert [(query, key) for _, query, key in visits(machine.trace)] == forward + down
 
 
 @every_rung

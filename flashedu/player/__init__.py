@@ -15,7 +15,7 @@ from flashedu.stages import rung
 __all__ = ["Film", "Player", "play"]
 
 MAX_BYTES = 150_000  # of HTML: a notebook holds several players
-MAX_TILES = 3000  # of scores: more are refused before they are run
+MAX_TILES = 1000  # of scores: more are refused before they are run
 
 
 class Player:
@@ -37,9 +37,9 @@ class Player:
     @cached_property
     def still(self) -> bytes:
         """The run in one picture, as PNG: what is seen where scripts are off."""
-        from flashedu.player.still import storyboard
+        from flashedu.player.still import png
 
-        return storyboard(self.films)
+        return png(self.films)
 
     def save(self, path: str | Path) -> None:
         """Write the player as a page that needs no network and no other file."""
@@ -103,4 +103,4 @@ def _fitting(names: Sequence[str], p: Problem, seed: int) -> Player | None:
     if tiles > MAX_TILES and any(rung(name).tile_sizes for name in names):
         return None
     player = Player([record(name, p, seed=seed) for name in names])
-    return player if len(player.html) <= MAX_BYTES else None
+    return player if len(player.html.encode()) <= MAX_BYTES else None

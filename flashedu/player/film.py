@@ -24,6 +24,7 @@ STATE_ROWS, STATE_COLUMNS = 8, 4  # of each, the first
 LOWEST = np.finfo(np.float64).min  # a maximum before the first key
 
 Pack = dict[str, Any]
+Values = list[list[float]]  # the first rows and columns of a tile
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Film:
     stage: str
     problem: Problem
     machine: Machine
-    state: list[dict[str, np.ndarray]]  # by event: name → values; [] for a stage that has none
+    state: list[dict[str, Values]]  # by event: name → values; [] for a stage that has none
 
     @property
     def trace(self) -> list[Event]:
@@ -54,12 +55,12 @@ def record(stage: str, problem: Problem, *, seed: int = 0) -> Film:
             raise ValueError(f"problem must have a {name} of 1 or more to be played, got 0")
     if not found.tile_sizes:  # one tile, the whole
         problem = problem.replace(block_q=problem.Nq, block_k=problem.Nk)
-    machine = ladder_count(found, problem, seed)
+    machine = _count(found, problem, seed)
     state = [] if found.is_triton else _state(found, problem, seed)
     return Film(stage, problem, machine, state)
 
 
-def ladder_count(found: Rung, problem: Problem, seed: int) -> Machine:
+def _count(found: Rung, problem: Problem, seed: int) -> Machine:
     """As `ladder.count`, with a sentence where the stage cannot run."""
     reason = found.missing()
     if reason is not None:
@@ -72,7 +73,7 @@ class _Watch(list[Event]):
 
     def __init__(self, function: Any) -> None:
         super().__init__()
-        self.seen: list[dict[str, np.ndarray]] = []
+        self.seen: list[dict[str, Values]] = []
         self._code = function.__code__
 
     def append(self, event: Event) -> None:
@@ -83,12 +84,12 @@ class _Watch(list[Event]):
             frame = frame.f_back
         on_chip = {name for name, _ in event.live}
         self.seen.append({
-            name: np.array(frame.f_locals[name][0, 0, :STATE_ROWS, :STATE_COLUMNS])
+            name: frame.f_locals[name][0, 0, :STATE_ROWS, :STATE_COLUMNS].tolist()
             for name in STATE if name in on_chip and name in frame.f_locals
         })  # fmt: skip
 
 
-def _state(found: Rung, p: Problem, seed: int) -> list[dict[str, np.ndarray]]:
+def _state(found: Rung, p: Problem, seed: int) -> list[dict[str, Values]]:
     """The first rows of m_i, l_i and acc_i, of the first head, at each event of the run in float64.
 
     In float64 they round to the same three digits on every machine.
@@ -223,7 +224,7 @@ def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any
     return found
 
 
-def _numbers(tile: np.ndarray) -> str:
+def _numbers(tile: Values) -> str:
     """Three digits each, row by row."""
     return "|".join(" ".join(_text(x) for x in row) for row in tile)
 

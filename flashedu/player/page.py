@@ -54,7 +54,8 @@ img { max-width: 100%%; }
 
 def fragment(films: Sequence[Pack]) -> str:
     """What a notebook cell puts out: depends on the films alone, on any machine."""
-    js, css = (_read(f"player.{kind}") for kind in ("js", "css"))
+    js = f"{_read('drawing.js')}\n\n{_read('player.js')}"
+    css = _read("player.css")
     packed = _literal(films)
     name = hashlib.sha256((js + css + packed).encode()).hexdigest()[:12]
     script = SCRIPT % {"js": js, "css": _literal(css), "films": packed, "name": name}

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from flashedu.memory import Event
 from flashedu.memory.trace import visits
 from flashedu.player.film import Film, Pack, pack
 from flashedu.plots.style import FAINT, HBM, INK, SRAM, TENSOR, styled
@@ -21,36 +21,44 @@ from flashedu.plots.style import FAINT, HBM, INK, SRAM, TENSOR, styled
 MASKED = "#F3B58F"
 
 
-def storyboard(films: Sequence[Film]) -> bytes:
-    """A PNG: a row of moments and a bar of bytes for each film."""
+def storyboard(films: Sequence[Film]) -> Figure:
+    """A row of moments and a bar of bytes for each film."""
     most = max(film.machine.counted.hbm_bytes for film in films)
     with styled():
         fig = plt.figure(figsize=(9.2, 3.75 * len(films)))
         parts = fig.subfigures(len(films), 1, squeeze=False)[:, 0]
         for part, film in zip(parts, films, strict=True):
             _board(part, film, most)
-        buffer = io.BytesIO()
+    return fig
+
+
+def png(films: Sequence[Film]) -> bytes:
+    """The storyboard as a file."""
+    buffer = io.BytesIO()
+    with styled():
+        fig = storyboard(films)
         fig.savefig(buffer, format="png", facecolor="white")
         plt.close(fig)
     return buffer.getvalue()
 
 
-def moments(trace: Sequence[Event]) -> list[int]:
-    """Three events to show: the first tile of S, a move in the middle with most on chip, the last
-    store."""
+def moments(film: Film, packed: Pack) -> list[int]:
+    """Three events to show: the first tile of S, a large move in the middle of the run while the
+    chip is full, the last store."""
+    trace, live = film.trace, [packed["lives"][number] for number in packed["live"]]
     moves = [at for at, event in enumerate(trace) if event.op != "hold"]
-    fullest = max(trace[at].sram_bytes for at in moves)
-    full = [at for at in moves if trace[at].sram_bytes == fullest]
-    return [visits(trace)[0].at, full[len(full) // 2], moves[-1]]
+    size = {at: (trace[at].sram_bytes or len(live[at]), trace[at].hbm_bytes) for at in moves}
+    large = [at for at in moves if size[at] == max(size.values())]
+    return [visits(trace)[0].at, large[len(large) // 2], moves[-1]]
 
 
 def _board(fig: Any, film: Film, most: int) -> None:
-    packed, trace = pack(film), film.trace
+    packed = pack(film)
     grid = fig.add_gridspec(2, 4, height_ratios=(5, 1), width_ratios=(1, 1, 1, 1.05))
     fig.suptitle(
         f"{film.stage}: {packed['idea']}", fontsize=11.5, fontweight="bold", x=0.01, ha="left"
     )
-    for column, at in enumerate(moments(trace)):
+    for column, at in enumerate(moments(film, packed)):
         _moment(fig.add_subplot(grid[0, column]), film, packed, at)
     _scores(fig.add_subplot(grid[0, 3]), film)
     _totals(fig.add_subplot(grid[1, :]), film, packed, most)
@@ -69,7 +77,14 @@ def _moment(ax: Any, film: Film, packed: Pack, at: int) -> None:
     for n, tensor in enumerate(tensors):
         width = max(0.78 * pitch * tensor["cols"] / wide, 2.5)
         middle = 2 + (n + 0.5) * pitch
-        ax.text(middle, 85.5, tensor["name"], ha="center", fontsize=8.5, fontweight="bold")
+        ax.text(
+            middle,
+            85.5,
+            tensor["name"],
+            ha="center",
+            fontweight="bold",
+            fontsize=8.5 if len(tensors) < 7 else 7,
+        )
         unit = 34 / tall
         for start in range(0, tensor["rows"], tensor["block"]):
             stop = min(start + tensor["block"], tensor["rows"])
@@ -148,7 +163,7 @@ def _scores(ax: Any, film: Film) -> None:
                                    edgecolor=INK if done else FAINT, linewidth=0.6))  # fmt: skip
             if not done:
                 ax.plot([j, j + width], [i, i + height], color=FAINT, linewidth=0.8)
-            elif small <= 10:
+            elif 1 < small <= 10:
                 n = times[i, j]
                 ax.text(j + width / 2, i + height / 2, f"{n}×" if n > 1 else str(order[i, j]),
                         ha="center", va="center", fontsize=8 if small > 5 else 9.5,
@@ -178,14 +193,13 @@ def _tiles(film: Film) -> int:
 def _totals(ax: Any, film: Film, packed: Pack, most: int) -> None:
     """All bytes that crossed, by tensor, to the scale of the film that moves most."""
     counted, moved = film.machine.counted, film.machine.bytes_by_tensor()
-    colours = {tensor["name"]: tensor["colour"] for tensor in packed["tensors"]}
     at = 0
     for written in (False, True):
-        for name, n_bytes in moved.items():
-            n = n_bytes[written]
+        for tensor in packed["tensors"]:
+            name, n = tensor["name"], moved[tensor["name"]][written]
             if not n:
                 continue
-            ax.barh(0, n, left=at, color=colours[name], edgecolor="white", linewidth=0.5,
+            ax.barh(0, n, left=at, color=tensor["colour"], edgecolor="white", linewidth=0.5,
                     hatch="////" if written else None, height=0.9)  # fmt: skip
             if n > 0.02 * most:
                 ax.text(at + n / 2, 0, name, ha="center", va="center", fontsize=9.5,
