@@ -34,6 +34,8 @@ play({", ".join(map(repr, STAGES))}, Problem(Nq=16, D=8, block_q=8, block_k=8))
 """
 SENTENCE = "Run this cell to step through it."
 
+SLIDER = "document.querySelector('[data-flashedu-player]').shadowRoot.querySelector('input')"
+
 Page = Any  # of Playwright, which is imported where it is there
 
 
@@ -207,10 +209,8 @@ def use(page: Page) -> None:
     slider.focus()
     page.keyboard.press("Space")  # plays
     page.get_by_role("button", name="Pause").wait_for()
-    page.wait_for_function(
-        "() => document.querySelector('[data-flashedu-player]')"
-        ".shadowRoot.querySelector('input').value > 5"
-    )
+    page.wait_for_function(f"() => {SLIDER}.ariaValueText === 'playing'")  # no sentence a step
+    page.wait_for_function(f"() => {SLIDER}.value > 5")
     page.keyboard.press("Space")
     page.get_by_role("button", name="Play").wait_for()
     rests = at(page)

@@ -50,7 +50,7 @@ function drawMemories(parent, film, frames, stored, most) {
     slack = (room - slots.reduce((a, b) => a + b, 0)) / tensors.length;
     unit *= slack < 0 ? 0.9 : 1;
   } while (slack < 0 && unit > 0.05);
-  const hbm = TOP + MAX + 36, chip = hbm + LANE;
+  const hbm = TOP + MAX + 50, chip = hbm + LANE;
   const bar = chip + 40, list = film.triton ? chip + 52 : bar + 40;
   const height = list + 16 * Math.ceil(most / 2) - 6;
   const svg = draw(parent, "svg", { class: "wide",
@@ -61,6 +61,8 @@ function drawMemories(parent, film, frames, stored, most) {
   draw(svg, "text", { class: "bold", x: SIDE, y: 18, "font-size": 13 }, "HBM (large, slow)");
   draw(svg, "text", { class: "soft", x: WIDTH - SIDE, y: 18, "font-size": 10.5,
     "text-anchor": "end" }, "bytes so far: ↓ read, ↑ written");
+  draw(svg, "text", { class: "soft", x: SIDE, y: hbm - 6, "font-size": 10.5 },
+    "bright: a copy is on chip; hatched: written; dashed: not yet written");
 
   let x = SIDE;
   const strips = tensors.map((tensor, i) => {
@@ -312,7 +314,7 @@ function drawGrid(parent, film) {
     }
     const begun = frame.visit - frame.firstVisit;
     count.textContent = most === 1 ? "S is one piece"
-      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "");
+      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "") + (heads > 1 ? " of this head" : "");
   };
 }
 
@@ -320,7 +322,7 @@ function drawGrid(parent, film) {
 function drawNumbers(parent, film) {
   const names = film.states.length
     ? [...new Set(film.states.flatMap((state) => Object.keys(state)))] : [];
-  if (!names.length) return () => {};
+  if (!names.length) return null;
   const { D, block_q: bq } = film.sizes;
   const parsed = film.numbers.map((text) => text.split("|").map((row) => row.split(" ")));
   const columns = Object.fromEntries(names.map((name) => [name,
@@ -334,7 +336,7 @@ function drawNumbers(parent, film) {
   const body = element("tbody", {});
   table.append(element("thead", {}, head), body);
   const wide = names.find((name) => columns[name] > 1);
-  const notes = ["numbers: the same run in float64"];
+  const notes = ["numbers: the same run in float64", "marked: changed in this step"];
   if (wide && columns[wide] < D) notes.push(`${wide}: columns 0 to ${columns[wide] - 1} of ${D}`);
   if (film.numbers.some((text) => text.includes("lowest"))) notes.push("lowest: no key seen yet");
   box.append(element("h4", {}, "Running numbers of the query tile"), table,

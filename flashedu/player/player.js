@@ -59,6 +59,7 @@ function stagePanel(film, scale, mostTiles) {
   const memories = drawMemories(left, film, frames, stored, mostTiles);
   const moved = drawBytes(left, film, scale);
   const numbers = drawNumbers(left, film);
+  if (!numbers) panel.classList.add("brief");
   const grid = drawGrid(right, film);
   const source = drawSource(right, film);
 
@@ -72,7 +73,7 @@ function stagePanel(film, scale, mostTiles) {
     memories(frame, done);
     moved(frame);
     grid(frame, done);
-    numbers(frame, step > 0 && !done ? frames[step - 1] : null);
+    if (numbers) numbers(frame, step > 0 && !done ? frames[step - 1] : null);
     source(frame);
   }
   const spoken = (step) => (step < frames.length
@@ -160,7 +161,7 @@ function mount(host, films, css) {
   function show() {
     stages.forEach((stage) => stage.show(step));
     slider.value = String(step);
-    slider.setAttribute("aria-valuetext", whole());
+    slider.setAttribute("aria-valuetext", timer === null ? whole() : "playing");
     at.textContent = `Step ${grouped(step)} of ${grouped(steps)}`;
   }
   function go(to, playing) {
@@ -185,6 +186,7 @@ function mount(host, films, css) {
     clearInterval(timer);
     timer = null;
     dress("play", "Play");
+    slider.setAttribute("aria-valuetext", whole());
     say();
   }
   function dress(name, text) {
@@ -214,20 +216,30 @@ function mount(host, films, css) {
   player.addEventListener("focusin", () => window.addEventListener("keydown", onKey, true));
   player.addEventListener("focusout", () => window.removeEventListener("keydown", onKey, true));
 
-  const prefers = window.matchMedia("(prefers-color-scheme: dark)");
-  function theme() {
-    const light = document.body.getAttribute("data-jp-theme-light");
-    player.classList.toggle("dark", light === null ? prefers.matches : light === "false");
-  }
-  theme();
-  prefers.addEventListener("change", theme);
-  new MutationObserver(theme).observe(document.body,
-    { attributes: true, attributeFilter: ["data-jp-theme-light"] });
-
+  followTheme(player);
   root.append(element("style", {}, css), player);
   dress("play", "Play");
   show();
   say();
+}
+
+// JupyterLab and its exported pages say what they are; elsewhere the reader's system does. A player
+// that is gone, as its cell ran again, is held by none of this.
+function followTheme(player) {
+  const held = new WeakRef(player), prefers = window.matchMedia("(prefers-color-scheme: dark)");
+  const name = "data-jp-theme-light", observer = new MutationObserver(show);
+  function show() {
+    const light = document.body.getAttribute(name), alive = held.deref();
+    if (alive) {
+      alive.classList.toggle("dark", light === null ? prefers.matches : light === "false");
+    } else {
+      observer.disconnect();
+      prefers.removeEventListener("change", show);
+    }
+  }
+  prefers.addEventListener("change", show);
+  observer.observe(document.body, { attributes: true, attributeFilter: [name] });
+  show();
 }
 
 // The still picture is the output before this one; it may be in place a moment later.

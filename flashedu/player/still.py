@@ -68,7 +68,9 @@ def _moment(ax: Any, film: Film, packed: Pack, at: int) -> None:
     """HBM above and SRAM below, just after one event."""
     event = film.trace[at]
     tensors, live = packed["tensors"], packed["lives"][packed["live"][at]]
-    before = film.trace[: at + 1]
+    per_head, program = packed["n_programs"] // (film.problem.B * film.problem.H), packed["program"]
+    first = program.index(program[at] // per_head * per_head) if per_head else 0
+    before = film.trace[first : at + 1]  # of this head
     ax.add_patch(Rectangle((0, 46), 100, 54, facecolor="#F4F5F7", edgecolor=HBM))
     ax.text(3, 93, "HBM", fontweight="bold", fontsize=9)
     tall = max(tensor["rows"] for tensor in tensors)
