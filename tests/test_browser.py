@@ -281,6 +281,24 @@ def test_a_player_that_stands_twice_on_a_page_is_built_twice(tmp_path, new_page)
     assert totals(page) == ["0 bytes", counted()[0]]
 
 
+def test_a_script_that_does_not_know_its_place_finds_a_player_that_is_not_built(
+    tmp_path, new_page
+) -> None:
+    """As a page may run a copy of the scripts, later, with no current script."""
+    html = play("tiled", P).html
+    (tmp_path / "late.html").write_text("<body></body>", encoding="utf-8")
+    page = new_page((tmp_path / "late.html").as_uri())
+    page.evaluate(
+        """html => {
+          document.body.innerHTML = html;
+          for (const script of document.scripts) new Function(script.textContent)();
+        }""",
+        html + html,
+    )
+    assert page.locator(".player").count() == 2
+    assert not page.errors, page.errors
+
+
 def test_keys_reach_the_player_only_while_the_focus_is_in_it(tmp_path, new_page) -> None:
     html = f"<body><input id=other>{play('tiled', P).html}</body>"
     (tmp_path / "keys.html").write_text(html, encoding="utf-8")
@@ -310,7 +328,10 @@ def test_a_live_jupyterlab_plays_it(lab, new_page) -> None:
     page.get_by_role("button", name="One step forward").focus()
     page.keyboard.press("Enter")  # in JupyterLab: edit the cell
     assert at(page) == 1
-    page.keyboard.press("Home")
+    page.get_by_role("slider", name="Step").focus()
+    page.keyboard.press("ArrowDown")  # in JupyterLab: go to the next cell
+    assert at(page) == 0
+    assert page.evaluate("document.activeElement.matches('[data-flashedu-player]')")
     use(page)
     assert page.locator(".jp-Notebook .jp-Cell").count() == cells  # no shortcut of JupyterLab's ran
     page.wait_for_timeout(200)

@@ -24,7 +24,7 @@ from matplotlib.image import imread
 
 from flashedu.memory import Problem
 from flashedu.memory.trace import visits
-from flashedu.player import MAX_BYTES, Player, film, play
+from flashedu.player import MAX_BYTES, Player, film, page, play
 from flashedu.player.film import Film, pack, record
 from flashedu.player.still import storyboard
 from flashedu.plots import style
@@ -293,10 +293,10 @@ def test_without_its_script_the_page_is_one_sentence() -> None:
 
 
 def test_no_text_of_a_run_can_end_the_script() -> None:
-    player = play("tiled", SMALL)
-    player.packs[0]["idea"] = "</script><b>\u2028"
-    assert player.html.count("</script>") == 1
-    assert "\u2028" not in player.html
+    packed = pack(shoot("tiled", SMALL))
+    html = page.fragment([{**packed, "idea": "</script><b>\u2028"}])
+    assert html.count("</script>") == 1
+    assert "\u2028" not in html
 
 
 def test_a_cell_shows_the_still_and_then_the_player() -> None:
@@ -334,11 +334,11 @@ def test_the_still_is_a_wide_picture() -> None:
 def test_a_page_holds_the_player_and_the_still(tmp_path: Path) -> None:
     player = play("tiled", "online", SMALL)
     player.save(tmp_path / "player.html")
-    page = (tmp_path / "player.html").read_text(encoding="utf-8")
-    assert player.html in page
-    assert "<noscript><img" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    text = (tmp_path / "player.html").read_text(encoding="utf-8")
+    assert player.html in text
+    assert "<noscript><img" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
 
 
 # what cannot be played

@@ -206,7 +206,6 @@ function mount(host, films, css) {
     const focus = root.activeElement, action = keys[event.key];
     const control = focus && focus.matches("button, select, input");
     if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-    if (!event.composedPath().includes(player)) return;
     if (!action && !(control && ofControls.includes(event.key))) return;
     event.stopPropagation();
     if (!action || focus === speed || (event.key === " " && focus.matches("button"))) return;
