@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 
 from flashedu.memory.trace import visits
 from flashedu.player.film import Film, Pack, pack
@@ -25,7 +26,7 @@ def storyboard(films: Sequence[Film]) -> Figure:
     """A row of moments and a bar of bytes for each film."""
     most = max(film.machine.counted.hbm_bytes for film in films)
     with styled():
-        fig = plt.figure(figsize=(9.2, 3.75 * len(films)))
+        fig = plt.figure(figsize=(9.2, 3.85 * len(films)), layout="none")
         parts = fig.subfigures(len(films), 1, squeeze=False)[:, 0]
         for part, film in zip(parts, films, strict=True):
             _board(part, film, most)
@@ -39,7 +40,12 @@ def png(films: Sequence[Film]) -> bytes:
         fig = storyboard(films)
         fig.savefig(buffer, format="png", facecolor="white")
         plt.close(fig)
-    return buffer.getvalue()
+    small = io.BytesIO()  # a quarter of the bytes, as a notebook keeps it
+    with Image.open(buffer) as picture:
+        picture.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(
+            small, "png", optimize=True
+        )
+    return small.getvalue()
 
 
 def moments(film: Film, packed: Pack) -> list[int]:
@@ -54,9 +60,17 @@ def moments(film: Film, packed: Pack) -> list[int]:
 
 def _board(fig: Any, film: Film, most: int) -> None:
     packed = pack(film)
-    grid = fig.add_gridspec(2, 4, height_ratios=(5, 1), width_ratios=(1, 1, 1, 1.05))
+    grid = fig.add_gridspec(
+        2, 4, height_ratios=(5, 1.15), width_ratios=(1, 1, 1, 1.05), left=0.008, right=0.992,
+        top=0.81, bottom=0.05, wspace=0.05, hspace=0.12,
+    )  # fmt: skip
     fig.suptitle(
-        f"{film.stage}: {packed['idea']}", fontsize=11.5, fontweight="bold", x=0.01, ha="left"
+        f"{film.stage}: {packed['idea']}",
+        fontsize=11.5,
+        fontweight="bold",
+        x=0.008,
+        y=0.985,
+        ha="left",
     )
     for column, at in enumerate(moments(film, packed)):
         _moment(fig.add_subplot(grid[0, column]), film, packed, at)
@@ -71,7 +85,7 @@ def _moment(ax: Any, film: Film, packed: Pack, at: int) -> None:
     per_head, program = packed["n_programs"] // (film.problem.B * film.problem.H), packed["program"]
     first = program.index(program[at] // per_head * per_head) if per_head else 0
     before = film.trace[first : at + 1]  # of this head
-    ax.add_patch(Rectangle((0, 46), 100, 54, facecolor="#F4F5F7", edgecolor=HBM))
+    ax.add_artist(Rectangle((0, 46), 100, 54, facecolor="#F4F5F7", edgecolor=HBM))
     ax.text(3, 93, "HBM", fontweight="bold", fontsize=9)
     tall = max(tensor["rows"] for tensor in tensors)
     pitch = 96 / len(tensors)
@@ -95,11 +109,11 @@ def _moment(ax: Any, film: Film, packed: Pack, at: int) -> None:
             moves = event.tensor == tensor["name"] and event.start < stop and event.stop > start
             full = tensor["input"] or stored
             place = ((middle - width / 2, 83 - stop * unit), width, (stop - start) * unit)
-            ax.add_patch(Rectangle(
+            ax.add_artist(Rectangle(
                 *place, facecolor=tensor["colour"] if full else "white", edgecolor="none",
                 alpha=1 if moves else 0.35, hatch=None if tensor["input"] or not full else "////",
             ))  # fmt: skip
-            ax.add_patch(Rectangle(*place, facecolor="none", edgecolor=INK,
+            ax.add_artist(Rectangle(*place, facecolor="none", edgecolor=INK,
                                    linewidth=1.8 if moves else 0.4, zorder=4 if moves else 3,
                                    linestyle="-" if full else (0, (2, 2))))  # fmt: skip
         if event.tensor == tensor["name"]:
@@ -122,18 +136,18 @@ def _moment(ax: Any, film: Film, packed: Pack, at: int) -> None:
 
 def _chip(ax: Any, film: Film, packed: Pack, live: Sequence[Sequence[Any]]) -> None:
     """What one program holds: to scale where that is counted, else by name."""
-    ax.add_patch(Rectangle((0, 0), 100, 28, facecolor="#F3EEF5", edgecolor=SRAM))
+    ax.add_artist(Rectangle((0, 0), 100, 28, facecolor="#F3EEF5", edgecolor=SRAM))
     peak = max(event.sram_bytes for event in film.trace)
     if peak:
         held = sum(tile[3] for tile in live)
         at, names = 3.0, []
         for name, _, _, size in live:
             width = 94 * size / peak
-            ax.add_patch(Rectangle((at, 10), width, 8, facecolor=packed["tile_colours"][name],
+            ax.add_artist(Rectangle((at, 10), width, 8, facecolor=packed["tile_colours"][name],
                                    edgecolor=INK, linewidth=0.5))  # fmt: skip
             at += width
             names.append(name)
-        ax.add_patch(Rectangle((3, 10), 94, 8, facecolor="none", edgecolor=INK, linewidth=0.6,
+        ax.add_artist(Rectangle((3, 10), 94, 8, facecolor="none", edgecolor=INK, linewidth=0.6,
                                linestyle=(0, (2, 2))))  # fmt: skip
         ax.text(3, 4.5, " ".join(names), fontsize=7.5, va="center")
         ax.text(3, 21, f"SRAM: {held:,} bytes", fontweight="bold", fontsize=9)
@@ -141,7 +155,7 @@ def _chip(ax: Any, film: Film, packed: Pack, live: Sequence[Sequence[Any]]) -> N
     ax.text(3, 21, "SRAM: what is loaded", fontweight="bold", fontsize=9)
     for n, (name, *_) in enumerate(live):
         left = 3 + n * 94 / len(live)
-        ax.add_patch(Rectangle((left, 10), 90 / len(live), 8, edgecolor=INK, linewidth=0.5,
+        ax.add_artist(Rectangle((left, 10), 90 / len(live), 8, edgecolor=INK, linewidth=0.5,
                                facecolor=packed["tile_colours"][name]))  # fmt: skip
         ax.text(left + 45 / len(live), 4.5, name, fontsize=7.5, va="center", ha="center")
 
@@ -161,7 +175,7 @@ def _scores(ax: Any, film: Film) -> None:
             masked = p.causal and j + width - 1 > i + p.Nk - p.Nq
             done = (i, j) in times
             colour = (MASKED if masked else TENSOR["s"]) if done else "white"
-            ax.add_patch(Rectangle((j, i), width, height, facecolor=colour,
+            ax.add_artist(Rectangle((j, i), width, height, facecolor=colour,
                                    edgecolor=INK if done else FAINT, linewidth=0.6))  # fmt: skip
             if not done:
                 ax.plot([j, j + width], [i, i + height], color=FAINT, linewidth=0.8)
