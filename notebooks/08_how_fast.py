@@ -312,7 +312,9 @@ for peer in ("sdpa-flash", "sdpa-cudnn"):
     (case,) = counters.cases("peers", peer=peer, causal=False, **{"pass": "fwd"})
     (run,) = case["runs"]
     of_128 = cost.flash2(shape.replace(block_q=128)).hbm_read_bytes
-    print(f"{peers[peer]}: {run['l2_to_sm_bytes'] / of_128:.4f} of flash2 with 128 queries")
+    print(
+        f"{peers[peer]}: {run['l2_to_sm_bytes'] / of_128:.4f} of flash2 with 128 queries"
+    )
 
 # %% [markdown]
 # Both have 128 queries in a tile.

@@ -310,6 +310,17 @@ def test_the_trace_tells_what_the_counters_say(rung: Rung) -> None:
 
 
 @every_rung
+def test_each_event_lists_what_is_on_chip(rung: Rung) -> None:
+    for event in run(rung, P, Machine()).trace:
+        assert sum(size for _, (_, _, size) in event.live) == event.sram_bytes
+        if event.op == "hold" or (event.op == "load" and not rung.is_triton):
+            rows, _, _ = dict(event.live)[event.tensor]
+            assert rows == event.stop - event.start
+    if rung.is_triton:
+        assert not event.live
+
+
+@every_rung
 def test_the_trace_follows_the_launches(rung: Rung) -> None:
     machine = run(rung, P, Machine())
     kernels = [kernel for kernel, _ in itertools.groupby(event.kernel for event in machine.trace)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashedu import plots
+from flashedu.bench.published import Claim
 
 pytestmark = pytest.mark.usefixtures("no_figure_stays_open")
 
@@ -43,28 +44,26 @@ def test_bars_of_sms_and_dram_are_as_long_as_their_bytes():
 
 
 @pytest.mark.parametrize(
-    ("ours", "verdict"),
+    ("ours", "verdict", "looks"),
     [
-        (1.7, "not reproduced: lower"),
-        (1.9, "reproduced"),
-        (3, "reproduced"),
-        (4.3, "reproduced"),
-        (4.5, "not reproduced: higher"),
-        (None, "not measured"),
+        ((2.0, 4.0), "yes: 2 to 4, ours 2 to 4", ("D", "full")),
+        ((5.0, 5.0), "more: 2 to 4, ours 5", ("D", "full")),
+        ((1.0, 3.0), "in part: 2 to 4, ours 1 to 3", ("D", "left")),
+        ((0.25, 0.25), "less: 2 to 4, ours 0.25", ("D", "none")),
     ],
 )
-def test_a_claim_is_reproduced_within_its_range_and_a_tenth(ours, verdict):
-    fig = plots.against_published([("faster", 2.0, 4.0, ours, "times")], "title")
-    first, second = texts(fig)[0].split("\n")
-    assert first == verdict
-    assert second.startswith("2 to 4 times")
-    points = [line for line in fig.axes[0].lines if line.get_marker() in ("D", "X")]
-    assert [line.get_xdata()[0] for line in points] == ([] if ours is None else [ours])
-    assert [line.get_marker() for line in points] == (
-        [] if ours is None else ["D" if verdict == "reproduced" else "X"]
-    )
+def test_a_claim_shows_both_ranges_and_whether_it_is_reproduced(ours, verdict, looks):
+    claim = Claim("faster", "a paper", (2.0, 4.0), ours, True, "why")
+    fig = plots.against_published([claim], "title")
+    assert texts(fig)[0] == verdict
+    published, measured, *_ = fig.axes[0].lines
+    assert tuple(published.get_xdata()) == (2.0, 4.0)
+    assert tuple(measured.get_xdata()) == ours
+    assert (measured.get_marker(), measured.get_fillstyle()) == looks
 
 
-def test_a_published_point_is_named_once():
-    fig = plots.against_published([("speed", 225, 225, 220, "TFLOP/s")], "title", tolerance=0.05)
-    assert texts(fig) == ["reproduced\n225 TFLOP/s, ours 220"]
+def test_what_cannot_be_compared_is_crossed():
+    claim = Claim("faster", "a paper", (2.0, 4.0), (3.0, 3.0), False, "why")
+    fig = plots.against_published([claim], "title")
+    assert fig.axes[0].lines[1].get_marker() == "X"
+    assert texts(fig)[0].startswith("another thing: ")

@@ -186,7 +186,7 @@ def test_tiles_are_coloured_by_the_turn_at_which_they_were_computed_first(stage,
     fig = plots.visits(trace, problem, "title")
     found = turns(fig)
     first = {}
-    for turn, (i, j, _) in enumerate(visits(trace), 1):
+    for turn, (i, j, *_) in enumerate(visits(trace), 1):
         first.setdefault((i // 16, j // 16), turn)
     assert found.shape == (-(-problem.Nq // 16), -(-problem.Nk // 16))
     assert {tile: int(found[tile]) for tile in zip(*np.nonzero(~found.mask), strict=True)} == first
@@ -203,7 +203,7 @@ def test_a_stroke_marks_the_tiles_that_need_the_mask(trace, problem):
         sees[:] = True
     some = {
         (i // 16, j // 16)
-        for i, j, _ in visits(forward)
+        for i, j, *_ in visits(forward)
         if not sees[i : i + 16, j : j + 16].all()
     }  # fmt: skip
     assert strokes(plots.visits(forward, problem, "title")) == some

@@ -16,7 +16,7 @@ COLUMNS = [(i, j) for j in STARTS for i in STARTS]
 
 def order(stage, problem=P, kernel=None, **options):
     trace = ladder.count(stage, problem, trace=True, **options).trace
-    return [(i, j) for i, j, _ in visits(e for e in trace if kernel in (None, e.kernel))]
+    return [(i, j) for i, j, *_ in visits(e for e in trace if kernel in (None, e.kernel))]
 
 
 def test_online_and_flash2_go_by_rows_and_flash1_by_columns():
@@ -53,6 +53,14 @@ def test_the_step_is_the_program_of_a_triton_kernel():
     assert programs == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_stage_without_tiles_is_refused():
-    with pytest.raises(ValueError, match="a stage that works in tiles, got 'naive scores'"):
-        order("naive")
+def test_a_visit_is_a_load_of_what_passes_by():
+    for stage, inner in (("online", "k"), ("flash1", "q"), ("flash2", "k")):
+        trace = ladder.count(stage, P, trace=True).trace
+        for query, key, _, at in visits(trace):
+            event = trace[at]
+            start = query if inner == "q" else key
+            assert (event.op, event.tensor, event.start) == ("load", inner, start)
+
+
+def test_whole_matrices_are_one_visit():
+    assert order("naive") == [(0, 0)]

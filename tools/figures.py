@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flashedu import ladder, plots
-from flashedu.bench import record
+from flashedu.bench import published, record
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.plots.style import THEMES, Look
@@ -330,22 +330,7 @@ def memory() -> Figure:
 
 @example
 def against_published() -> Figure:
-    """Two claims of FlashAttention-2 (arXiv 2307.08691), Section 4.1, beside our record."""
-    rows = []
-    for other, section, low, high in (
-        ("flash1", "flash1", 1.7, 3.0),
-        ("standard", "standard", 3.0, 10.0),
-    ):
-        ratios = [
-            run["times_as_fast_as"][other][0]
-            for case in record.latest(section, card="H200").cases(section)
-            for run in case["runs"]
-            if run["peer"] == "flash2" and other in run["times_as_fast_as"]
-        ]
-        for which, value in (("least", min(ratios)), ("most", max(ratios))):
-            rows.append((f"flash2 over {other}, {which}", low, high, value, "times"))
-    rows.append(("flash2 over Triton's own", 1.3, 2.5, None, "times"))
-    return plots.against_published(rows, "FlashAttention-2's claims, on an H200")
+    return plots.against_published(published.claims(), "The papers' ratios, on an H200")
 
 
 @example

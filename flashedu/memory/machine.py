@@ -164,8 +164,10 @@ class Machine:
     def _append(self, op: str, name: str, start: int, stop: int, n: int) -> None:
         assert self.trace is not None
         sram, line = self.sram, sys._getframe(3).f_lineno  # of who called load, store or hold
-        event = Event(sram.step, self._kernel, op, name, start, stop, n, sram.used_bytes, line)
-        self.trace.append(event)
+        live = tuple(sram.live.items())
+        self.trace.append(
+            Event(sram.step, self._kernel, op, name, start, stop, n, sram.used_bytes, line, live)
+        )
 
 
 class FreeMachine(Machine):

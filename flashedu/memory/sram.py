@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flashedu.memory.trace import Tile
 from flashedu.units import human_bytes
 
 
 class SRAMOverflow(MemoryError):
     """A tile did not fit. The message lists what is live and tile sizes that would fit."""
-
-
-Tile = tuple[int, int, int]  # rows, columns, bytes
 
 
 class SRAM:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flashedu.plots.style import Look, headline, styled
+from flashedu.plots.style import headline, styled
 from flashedu.units import human_bytes
 
-Claim = tuple[str, float, float, float | None, str]
+if TYPE_CHECKING:
+    from flashedu.bench.published import Claim
 
 
 def predicted_counted_measured(
@@ -115,59 +116,49 @@ def l2_and_dram(
     return fig
 
 
-def against_published(rows: Sequence[Claim], title: str, *, tolerance: float = 0.1) -> Figure:
-    """Points beside bars: what we measured of each claim of a paper, and what the paper says.
+def against_published(claims: Sequence[Claim], title: str) -> Figure:
+    """Bars: what a paper says of each claim, and on them what was measured here, on a log axis.
 
-    `rows`: label, the lowest and the highest value published (equal: one value), ours (None: not
-    measured), and the unit. It is reproduced if it lies in the published range, widened on both
-    sides by `tolerance`, a share of its ends.
+    Open marks: less. Half open: in part. Crosses: another thing was measured.
     """
     with styled() as look:
-        fig, ax = plt.subplots(figsize=(8, 1.5 + 0.5 * len(rows)))
-        for y, (_, low, high, ours, unit) in enumerate(rows):
-            ax.plot([low, high], [y, y], color=look.stage["tiled"], linewidth=9,
-                    solid_capstyle="round", zorder=1)  # fmt: skip
-            verdict = _verdict(low, high, ours, tolerance)
-            if ours is not None:
-                good = verdict == "reproduced"
-                ax.plot(ours, y, "D" if good else "X", markersize=9, color=look.ink,
-                        markerfacecolor=look.ink if good else look.paper)  # fmt: skip
-            published = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-            measured = "" if ours is None else f", ours {ours:.3g}"
-            ax.text(1.02, y, f"{verdict}\n{published} {unit}{measured}", va="center",
-                    transform=ax.get_yaxis_transform(), linespacing=1.15)  # fmt: skip
+        fig, ax = plt.subplots(figsize=(9.2, 1.3 + 0.42 * len(claims)))
+        grey = look.stage["tiled"]
+        fill = {"in part": "left", "less": "none", "another thing": "none"}
+        for y, claim in enumerate(claims):
+            ax.plot(claim.published, [y, y], color=grey, linewidth=9, zorder=1, marker="o",
+                    markersize=14, markeredgewidth=0)  # fmt: skip
+            ax.plot(claim.ours, [y, y], color=look.ink, linewidth=1.4, zorder=3, markersize=8,
+                    marker="X" if claim.reproduced == "another thing" else "D",
+                    fillstyle=fill.get(claim.reproduced, "full"),
+                    markerfacecoloralt=look.paper)  # fmt: skip
+            text = f"{claim.reproduced}: {_ends(claim.published)}, ours {_ends(claim.ours)}"
+            ax.text(1.02, y, text, va="center", transform=ax.get_yaxis_transform())
             ax.axhline(y, color=look.faint, linewidth=0.6, zorder=0)
         ax.set_xscale("log", base=2)
         low, high = ax.get_xlim()
         ax.set_xlim(low / 1.15, high * 1.15)
-        ticks = [tick for tick in (m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5))
-                 if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]]  # fmt: skip
+        ticks = [tick for tick in (4.0**e for e in range(-3, 10)) if low <= tick <= high]
         ax.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
         ax.minorticks_off()
-        ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+        ax.set_yticks(range(len(claims)), [claim.what for claim in claims])
         ax.tick_params(axis="y", length=0)
-        ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.legend(handles=_claim_handles(look), loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
-                  borderaxespad=0.2)  # fmt: skip
-        ax.set_title(title, pad=26)
+        ax.set_ylim(len(claims) - 0.4, -0.6)
+        ax.set_xlabel("ratio")
+        ax.text(1.02, 1.0, "reproduced?", va="bottom", fontweight="bold", transform=ax.transAxes)
+        ink: dict[str, Any] = {"color": look.ink, "linewidth": 1.4, "markersize": 7}
+        ax.legend(
+            handles=[Line2D([], [], color=grey, linewidth=7, label="published"),
+                     Line2D([], [], marker="D", label="ours", **ink)],
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2,
+        )  # fmt: skip
+        headline(fig, title)
     return fig
 
 
-def _verdict(low: float, high: float, ours: float | None, tolerance: float) -> str:
-    if ours is None:
-        return "not measured"
-    if ours < low * (1 - tolerance):
-        return "not reproduced: lower"
-    return "not reproduced: higher" if ours > high * (1 + tolerance) else "reproduced"
-
-
-def _claim_handles(look: Look) -> list[Line2D]:
-    marks: dict[str, Any] = {"color": look.ink, "linestyle": "none", "markersize": 8}
-    return [
-        Line2D([], [], color=look.stage["tiled"], linewidth=7, label="published"),
-        Line2D([], [], marker="D", label="ours, reproduced", **marks),
-        Line2D([], [], marker="X", markerfacecolor=look.paper, label="ours, not", **marks),
-    ]
+def _ends(values: tuple[float, float]) -> str:
+    low, high = (f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in values)
+    return low if low == high else f"{low} to {high}"
 
 
 def _byte_ticks(ax: Any) -> None:

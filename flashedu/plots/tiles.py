@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from flashedu.memory.problem import Problem
-from flashedu.memory.trace import Event
-from flashedu.memory.trace import visits as visited_tiles
+from flashedu.memory.trace import Event, Visit
+from flashedu.memory.trace import visits as visits_of
 from flashedu.plots.style import Look, headline, styled
 
 FEW = 144  # so many tiles have room for numbers
@@ -79,16 +79,16 @@ def loop_orders(
         fig, axes = plt.subplots(1, len(traces), figsize=(8, 3.3), squeeze=False)
         for ax, (label, trace) in zip(axes[0], traces.items(), strict=True):
             turns = visited_tiles(trace)
-            for turn, (i, j, _) in enumerate(turns, 1):
+            for turn, (i, j, *_) in enumerate(turns, 1):
                 ax.add_patch(Rectangle((j, i), block_k, block_q, facecolor=look.masked,
                                        edgecolor=look.paper, linewidth=2))  # fmt: skip
                 ax.text(j + 0.5 * block_k, i + 0.5 * block_q, str(turn), ha="center", va="center",
                         fontweight="bold", zorder=5, color=look.text_on(look.masked),
                         bbox={"facecolor": look.masked, "edgecolor": "none", "pad": 1})  # fmt: skip
-            ax.plot([j + 0.5 * block_k for _, j, _ in turns],
-                    [i + 0.5 * block_q for i, _, _ in turns],
+            ax.plot([j + 0.5 * block_k for _, j, *_ in turns],
+                    [i + 0.5 * block_q for i, *_ in turns],
                     color=look.ink, linewidth=1.3, zorder=3)  # fmt: skip
-            Nq, Nk = max(i for i, _, _ in turns), max(j for _, j, _ in turns)
+            Nq, Nk = max(i for i, *_ in turns), max(j for _, j, *_ in turns)
             ax.set_xticks(range(0, Nk + block_k + 1, block_k))
             ax.set_yticks(range(0, Nq + block_q + 1, block_q))
             ax.set_xlim(0, 1.01 * (Nk + block_k))
@@ -144,7 +144,7 @@ def walks(
 def _walk(ax: Any, look: Look, events: Sequence[Event], p: Problem, mark: int | None) -> None:
     first_step = events[0].step
     visited: dict[tuple[int, int], int] = {}
-    for i, j, step in visited_tiles(events):
+    for i, j, step, _ in visited_tiles(events):
         program = step - first_step
         if visited.setdefault((i, j), program) != program:
             raise ValueError(
@@ -207,7 +207,7 @@ def _turns(trace: Sequence[Event]) -> dict[tuple[int, int], list[int]]:
     """(first query, first key) of a tile → its turns."""
     turns: dict[tuple[int, int], list[int]] = {}
     is_triton = not any(event.sram_bytes for event in trace)
-    for turn, (i, j, _) in enumerate(visited_tiles(trace), 1):
+    for turn, (i, j, *_) in enumerate(visited_tiles(trace), 1):
         if is_triton and (i, j) in turns:
             raise ValueError(
                 f"trace must be of one kernel and one head, got the tile of query {i} and key {j} "
@@ -228,3 +228,14 @@ def _axes(ax: Any, p: Problem) -> None:
     ax.set_aspect("equal")
     ax.set_xlabel("key")
     ax.set_ylabel("query")
+
+
+def visited_tiles(trace: Sequence[Event]) -> list[Visit]:
+    """In order. Raises ValueError for a stage that works on whole matrices."""
+    for event in trace:
+        if event.tensor == "s" and event.op != "hold":
+            raise ValueError(
+                f"trace must be of a stage that works in tiles, got {event.kernel!r}, which moves "
+                f"the whole of s; tiled, online, flash1 or flash2 would do"
+            )
+    return visits_of(trace)
