@@ -8,7 +8,7 @@
 
 # %%
 from flashedu import ladder, plots
-from flashedu.bench import published
+from flashedu.bench import published, show
 from flashedu.bench import record as records
 from flashedu.memory import Problem, cost, gpu
 from flashedu.notebook import table
@@ -137,19 +137,8 @@ for row in rows:
 # The same for all kernels, of which the record also has what the interpreter counted:
 
 # %%
-kernels = ("flash1", "flash2", "flash2 dkdv", "flash2 dq")
 fig = plots.predicted_counted_measured(
-    {
-        kernel: {
-            "tiles of {} × {}".format(*run["tile"][:2]): (
-                run["closed_form"]["read"],
-                run["counted"]["read"],
-                run["l2_to_sm_bytes"],
-            )
-            for run in measured(kernel)
-        }
-        for kernel in kernels
-    },
+    show.three_counts(counters),
     "Bytes into the SMs: formula, interpreter and card agree",
 )
 
@@ -161,15 +150,17 @@ fig = plots.predicted_counted_measured(
 # What leaves the SMs is exact too, o and lse, and in the backward dq, dk and dv:
 
 # %%
+kernels = ("flash1", "flash2", "flash2 dkdv", "flash2 dq")
 table(
     {
         "kernel": kernel,
+        "tile": "{} × {}".format(*run["tile"][:2]),
         "closed form, written": run["closed_form"]["written"],
         "measured": run["sm_to_l2_bytes"],
     }
     for kernel in kernels
     for run in measured(kernel)
-    if 64 in run["tile"][:2]
+    if run["tile"][:2] in ([32, 64], [64, 64], [64, 32])
 )
 
 # %% [markdown]
@@ -229,15 +220,7 @@ table([
 
 # %%
 fig = plots.l2_and_dram(
-    {
-        f"{run['tile'][0]} queries in a tile": {
-            "sm_read": run["l2_to_sm_bytes"],
-            "sm_written": run["sm_to_l2_bytes"],
-            "dram_read": run["dram_read_bytes"],
-            "dram_written": run["dram_write_bytes"],
-        }
-        for run in measured("flash2")
-    },
+    show.l2_and_dram(counters),
     4 * 64 * 16 * 1024 * 64 * 2,
     "The tile size decides what L2 delivers; DRAM sees each byte once",
 )
@@ -266,8 +249,9 @@ table(
 )
 
 # %% [markdown]
-# With 262,144 tokens, k and v of one head are larger than L2, and now DRAM is read five times over. It is still
-# far from the 128 GiB that the SMs take in: programs that run side by side walk over the keys in step.
+# With 262,144 tokens, k and v of one head no longer fit L2 beside the rest, and DRAM delivers nearly six times what
+# it must. That is still far from the 128 GiB that the SMs take in: programs that run side by side walk over the keys in
+# step, and one load from DRAM serves many of them.
 #
 # ## Standard attention on the same card
 #
@@ -391,8 +375,6 @@ table(
     {
         "claim": claim.what,
         "source": claim.source,
-        "published": "{:.3g} to {:.3g}".format(*claim.published),
-        "ours": "{:.3g} to {:.3g}".format(*claim.ours),
         "reproduced": claim.reproduced,
     }
     for claim in claims
@@ -400,12 +382,12 @@ table(
 
 # %%
 fig = plots.against_published(
-    claims, "Memory and bytes are reproduced, the highest speeds are not"
+    claims, "Bytes and memory are reproduced, and more; the highest speeds are not"
 )
 
 # %% [markdown]
-# *Figure 4. All that follows from the algorithm is reproduced and more. What depends on how well a chip is
-# used is reproduced in part, or not.*
+# *Figure 4. What follows from the algorithm, bytes and memory, is reached or passed. What depends on how well a chip is
+# used is reached in part, or not.*
 #
 # What to know about each:
 
@@ -413,9 +395,9 @@ fig = plots.against_published(
 table({"claim": claim.what, "note": claim.why} for claim in claims)
 
 # %% [markdown]
-# - **Time, 5.7 times**: 3.2 without a mask. PyTorch's standard attention has become better than the one
-#   that the paper timed, which moved more bytes. With a causal mask, a kernel more for S, it is 9.
-# - **3 to 10 times standard**: from 1.7 at N = 512, where S still fits L2 in part, to 14 at N = 16,384.
+# - **Time, 5.7 times**: 3.2 without a mask, as PyTorch's standard attention moves fewer bytes than the one that the
+#   paper timed. A causal mask is a kernel more that moves S, and makes it 9.
+# - **3 to 10 times standard**: from 1.7 at N = 512 and D = 128, where S is small beside q, k and v, to 14 at N = 16,384.
 # - **flash2 to flash1**: not the same comparison. Our `flash1` has the first paper's loop order and nothing else; their
 #   released code was tuned.
 # - **73% of the peak**: 57% here, and PyTorch's FlashAttention-2 reaches less on this card. Hopper's products are
@@ -430,8 +412,8 @@ table({"claim": claim.what, "note": claim.why} for claim in claims)
 #
 # ## Exercises
 #
-# **1.** Take the closed form with N = 4096, D = 128, 16 heads and a batch of 4. Which tile of queries brings the bytes into the SMs under
-# 2 GB? What would you check before you use it?
+# **1.** N = 4096, D = 128, 16 heads and a batch of 4. Which tile of queries brings the bytes into the SMs under
+# 2.5 GB? What would you check before you use it?
 #
 # <details><summary>Answer</summary>
 #
@@ -440,17 +422,17 @@ table({"claim": claim.what, "note": claim.why} for claim in claims)
 #     print(block_q, cost.flash2(Problem(B=4, H=16, Nq=4096, D=128, block_q=block_q)).hbm_read_bytes / 1e9)
 # ```
 #
-# 256 gives 2.2 GB: none does. And with 256 queries, acc alone takes 256 · 128 numbers in float32, 128 KiB of registers, half of what an SM
-# has. Look for spilled bytes first: `flashedu.bench.compiled`, or the counter.
+# 256 gives 2.2 GB. But with 256 queries, acc alone takes 256 · 128 numbers in float32: 128 KiB, half of the registers of
+# an SM. Look for spilled bytes first, in what the compiler reports or with the counter.
 # </details>
 #
-# **2.** A kernel that should move 1.2 GB moves 2.6 GB by the counter, in both directions too much. The result is right. What do you
-# suspect, and what would settle it?
+# **2.** A kernel should load 1.2 GB, and the counter says 2.6 GB; it stores too much as well. The result is right. What
+# do you suspect, and what would settle it?
 #
 # <details><summary>Answer</summary>
 #
-# Spilled registers: loads of too much could also be a tile that is fetched twice, but then the stores would be right. The compiler's report
-# of spilled bytes settles it. Then take more warps for a program, or a smaller tile.
+# Spilled registers. A tile that is fetched twice would explain the loads, but not the stores. The compiler's report of
+# spilled bytes settles it. Then take more warps for a program, or a smaller tile.
 # </details>
 #
 # **3.** Eight query heads share a key head (H = 8, H_kv = 1). By how much does the traffic at place 2 fall, and

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flashedu import ladder, plots
-from flashedu.bench import published, record
+from flashedu.bench import published, record, show
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.plots.style import THEMES, Look
@@ -335,30 +335,12 @@ def against_published() -> Figure:
 
 @example
 def predicted_counted_measured() -> Figure:
-    """Nothing was measured: what stands as measured is made up, a little more than the formula."""
-    kernels = {}
-    for name in ("tiled", "online", "flash1", "flash2"):
-        found = {}
-        for size in (32, 64, 128, 256):
-            p = Problem(Nq=256, D=64, block_q=size, block_k=size)
-            predicted = cost.FORWARD[name](p).hbm_bytes
-            n_bytes = counted(name, p).counted.hbm_bytes
-            found[f"{size} × {size}"] = (predicted, n_bytes, (1 + size / 2000) * predicted)
-        kernels[name] = found
-    return plots.predicted_counted_measured(kernels, "Predicted and counted (measured: made up)")
+    return show.figures(record.latest(kind="traffic", card="H200"))["kernels"]
 
 
 @example
 def l2_and_dram() -> Figure:
-    """Nothing was measured: DRAM is made up, a little more than the compulsory bytes."""
-    rows, once = {}, 4 * 4096 * 64 * 2
-    for size in (16, 32, 64, 128):
-        found = cost.flash2(Problem(Nq=4096, D=64, block_q=size))
-        rows[f"{size} queries"] = {
-            "sm_read": found.hbm_read_bytes, "sm_written": found.hbm_write_bytes,
-            "dram_read": 0.8 * once, "dram_written": 0.26 * once,
-        }  # fmt: skip
-    return plots.l2_and_dram(rows, once, "Larger tiles, fewer bytes into the SMs (DRAM: made up)")
+    return show.figures(record.latest(kind="traffic", card="H200"))["dram"]
 
 
 # sheets

@@ -62,6 +62,15 @@ def figures(record: Record) -> dict[str, Figure]:
     from flashedu import plots
 
     found = {}
+    if record.data["kind"] == "traffic":
+        found["kernels"] = plots.predicted_counted_measured(
+            three_counts(record), "Bytes into the SMs: formula, interpreter and card"
+        )
+        shape = record.cases("tiles")[0]
+        once = 4 * shape["B"] * shape["H"] * shape["N"] * shape["D"] * 2  # q, k, v, o; float16
+        title = "What L2 delivers, and what DRAM sees"
+        found["dram"] = plots.l2_and_dram(l2_and_dram(record), once, title)
+        return found
     for d in sorted({case["D"] for case in record.cases("speed")}):
         (dtype,) = {case["dtype"] for case in record.cases("speed", D=d)}
         title = f"Attention at head size {d}, {dtype}"
@@ -73,6 +82,34 @@ def figures(record: Record) -> dict[str, Figure]:
         title = "Memory of forward and backward, batch 16, 8 heads, D 64"
         found["memory"] = plots.memory(record, title)
     return found
+
+
+def three_counts(
+    record: Record, *, causal: bool = False
+) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Kernel → its tile → bytes into the SMs: by formula, by the interpreter, by the card."""
+    found: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for case in record.cases("tiles", causal=causal):
+        for run in case["runs"]:
+            if run["tile"]:  # delta has tiles of its own
+                found.setdefault(run["kernel"], {})["tiles of {} × {}".format(*run["tile"][:2])] = (
+                    run["closed_form"]["read"], run["counted"]["read"], run["l2_to_sm_bytes"]
+                )  # fmt: skip
+    return dict(sorted(found.items()))
+
+
+def l2_and_dram(record: Record, *, causal: bool = False) -> dict[str, dict[str, int]]:
+    """flash2's tile → bytes in and out of the SMs, and of DRAM, by the card's counters."""
+    return {
+        f"{run['tile'][0]} queries in a tile": {
+            "sm_read": run["l2_to_sm_bytes"],
+            "sm_written": run["sm_to_l2_bytes"],
+            "dram_read": run["dram_read_bytes"],
+            "dram_written": run["dram_write_bytes"],
+        }
+        for case in record.cases("tiles", causal=causal, peer="flash2", **{"pass": "fwd"})
+        for run in case["runs"]
+    }
 
 
 def save(figures: dict[str, Figure], path: Path) -> list[Path]:
