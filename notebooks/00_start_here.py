@@ -22,6 +22,7 @@ import numpy as np
 from flashedu import doctor, ladder, plots
 from flashedu.memory import Problem, gpu
 from flashedu.notebook import table
+from flashedu.player import play
 from flashedu.stages import LADDER, naive
 from flashedu.units import human_bytes, human_seconds
 
@@ -130,6 +131,19 @@ fig = plots.traffic(
 # `flash1`, the first GPU program, moves its unfinished output back and forth. `flash2` moves what `online`
 # moves, and keeps hundreds of programs busy at a time. The next chapters explain each bar.*
 #
+# ## Watch one run
+#
+# A run that was counted can be played, step by step. This is `online` on 32 tokens, in tiles of eight. Above is the
+# large memory, below the small one of one program. Press Play, drag the slider, or step with ← and →. Nothing needs to be
+# understood yet: see that tiles go down, that only finished rows of o come up, and that S is never in HBM.
+
+# %%
+play("online", Problem(Nq=32, D=16, block_q=8, block_k=8))
+
+# %% [markdown]
+# *Figure 2. A player. (Where scripts are off, it is a picture of three moments.) It shows a recorded run of the stage's
+# own code: the line that runs is marked, and the bytes are those that it counted.*
+#
 # ## The chapters
 #
 # | chapter | claim |
@@ -141,6 +155,7 @@ fig = plots.traffic(
 # | [05 · Triton and FlashAttention-1](05_triton_flash1.ipynb) | as a GPU program, in FlashAttention's first loop order, it re-reads o and fills few processors |
 # | [06 · FlashAttention-2](06_flash2.ipynb) | with the loops swapped, o stays on the chip and the sequence becomes parallel |
 # | [07 · The backward kernels](07_flash2_backward.ipynb) | two kernels, in which each gradient has one owner |
+# | [08 · How fast](08_how_fast.ipynb) | the bytes that we predict are those that a card counts, and what that says of speed |
 # | [09 · Numerics](09_numerics.ipynb) | two right answers differ, and an error budget says by how much |
 #
 # ## Takeaway

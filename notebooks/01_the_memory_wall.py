@@ -10,6 +10,7 @@
 from flashedu import plots
 from flashedu.memory import GPUS, Machine, Problem, cost, gpu
 from flashedu.notebook import label, record, source, table
+from flashedu.player import play
 from flashedu.stages import naive, reference
 from flashedu.testing import assert_right, draw
 from flashedu.units import human_seconds
@@ -83,6 +84,14 @@ for event in machine.trace:
         )
 
 # %% [markdown]
+# The same steps to play: S and P go up to HBM, and come down again.
+
+# %%
+play("naive", small)
+
+# %% [markdown]
+# *Figure 2. Each kernel starts with an empty SRAM, so what the next one needs must wait in HBM.*
+#
 # ## Predict first
 #
 # Now N = 4096, D = 64, one head, float16. How many MiB does standard attention move? (1 MiB is 2²⁰
@@ -131,7 +140,7 @@ fig = plots.traffic(
 )
 
 # %% [markdown]
-# *Figure 2. The inputs and the output are the slivers at the two ends. The rest is S and P, written
+# *Figure 3. The inputs and the output are the slivers at the two ends. The rest is S and P, written
 # (hatched) and read.*
 #
 # ## Why this is slow: the roofline
@@ -153,7 +162,7 @@ fig = plots.roofline(
 )
 
 # %% [markdown]
-# *Figure 3. On the slope, memory is the limit; on the flat part, arithmetic is. At 32 FLOPs a byte, standard
+# *Figure 4. On the slope, memory is the limit; on the flat part, arithmetic is. At 32 FLOPs a byte, standard
 # attention is on the slope of every card. The point is on that of an H200.*
 #
 # The same as times. No kernel with this traffic can be faster than the larger of the two columns.

@@ -13,6 +13,7 @@ import torch
 from flashedu import ladder, plots
 from flashedu.memory import Machine, Problem, cost, gpu
 from flashedu.notebook import source, table
+from flashedu.player import play
 from flashedu.stages import online, reference
 from flashedu.testing import assert_right, draw
 
@@ -117,6 +118,15 @@ fig = plots.running_state(
 # and acc alike, is scaled down by α, and the terms of the new tile are added. The terms of acc have the signs of
 # the values v, so it can fall below zero.*
 #
+# Now both stages side by side, on the same 64 tokens. They step together. Which one is done first, and what does the
+# other one load in the meantime? The numbers m, l and acc of the running tile stand below.
+
+# %%
+play("tiled", "online", Problem(Nq=64, D=16, block_q=8, block_k=8))
+
+# %% [markdown]
+# *Figure 2. `online` loads a key tile once for each query tile, and uses it while it is there. `tiled` loads it three times.*
+#
 # ## The order does not matter
 #
 # Two parts of a row, each with its own m, l and acc, merge by the same rule. This operation is
@@ -186,8 +196,24 @@ fig = plots.traffic(
 )
 
 # %% [markdown]
-# *Figure 2. From standard attention to one pass: a quarter of the traffic, at the same tile size on
+# *Figure 3. From standard attention to one pass: a quarter of the traffic, at the same tile size on
 # the same machine.*
+#
+# How the bytes add up while the stages run, at N = 1024:
+
+# %%
+shorter = real.replace(Nq=1024, Nk=1024)
+fig = plots.cumulative_traffic(
+    {
+        name: ladder.count(name, shorter, trace=True).trace
+        for name in ("naive", "tiled", "online")
+    },
+    "naive in four leaps, the others tile by tile (N = 1024, D = 64)",
+)
+
+# %% [markdown]
+# *Figure 4. Solid: read and written. Dashed: read alone. Half of what `naive` moves is written; the other two write
+# their result and little else.*
 #
 # ## Memory: where S no longer fits the card
 #
@@ -209,7 +235,7 @@ fig = plots.memory_against_n(
 )
 
 # %% [markdown]
-# *Figure 3. Standard attention's extra memory grows with N², and passes the whole memory of an H200 soon
+# *Figure 5. Standard attention's extra memory grows with N², and passes the whole memory of an H200 soon
 # after N = 32,768. The online softmax's grows with N.*
 #
 # The closed forms are exact, so the last length that fits is a number:

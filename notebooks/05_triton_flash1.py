@@ -15,6 +15,7 @@ from flashedu import first_kernels, ladder, plots
 from flashedu.first_kernels import add, count, softmax
 from flashedu.memory import Machine, Problem, cost, gpu
 from flashedu.notebook import source, table
+from flashedu.player import play
 from flashedu.stages import flash1, online, reference, triton_mode
 from flashedu.testing import assert_right, draw
 
@@ -242,6 +243,15 @@ table(
 )
 
 # %% [markdown]
+# All of it to play. The kernel has one program here, as there is one head. What it keeps on chip is the compiler's
+# choice, so the player shows what was loaded, without sizes.
+
+# %%
+play("flash1", tiny)
+
+# %% [markdown]
+# *Figure 3. For each key tile, o_f32, m and l come down and go up again, for all query tiles.*
+#
 # One tile of k, one of v, and then for each query tile: q in, o in, o out. `o_f32` is o while it waits, in float32.
 # With 4 bytes a number and two ways, it moves four times as many bytes as q.
 #
@@ -324,7 +334,7 @@ fig = plots.traffic(
 )
 
 # %% [markdown]
-# *Figure 3. `flash1` reads k and v once. What that saves is little beside what o costs, and here it moves more than
+# *Figure 4. `flash1` reads k and v once. What that saves is little beside what o costs, and here it moves more than
 # standard attention.*
 #
 # ## Larger key tiles
@@ -350,11 +360,11 @@ fig = plots.traffic_against_tile(
 )
 
 # %% [markdown]
-# *Figure 4. With fewer than some 80 keys in a tile, `flash1` moves more than standard attention. With 256, it moves a
+# *Figure 5. With fewer than some 80 keys in a tile, `flash1` moves more than standard attention. With 256, it moves a
 # third of it. `flash2`, the next chapter, moves the bytes of `online`: its traffic depends on the tile of queries.*
 #
-# A caution. Our model has no L2 cache. On a real card part of this o is still in L2 when it comes back, and costs
-# less than a trip to HBM.
+# A caution. Our model has no L2 cache. On a real card part of this o may still be in L2 when it comes back, and costs
+# less than a trip to HBM. Chapter 08 lets a card count.
 #
 # ## How many SMs work?
 #
@@ -388,7 +398,7 @@ fig = plots.busy_sms(
 )
 
 # %% [markdown]
-# *Figure 5. Each column is an SM, each row a **wave**: programs that run at the same time. The last wave is seldom full.
+# *Figure 6. Each column is an SM, each row a **wave**: programs that run at the same time. The last wave is seldom full.
 # (If two programs fit an SM, they share its arithmetic units, and a launch of 8 programs leaves 124 SMs
 # idle all the same.)*
 #

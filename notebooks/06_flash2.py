@@ -18,6 +18,7 @@ from flashedu.bench import compiled
 from flashedu.bench import record as speed_record
 from flashedu.memory import Problem, cost, gpu
 from flashedu.notebook import record, source, table
+from flashedu.player import play
 from flashedu.schedule import assign, finish_times
 from flashedu.stages import flash2, reference
 from flashedu.testing import assert_right, draw
@@ -94,6 +95,15 @@ print("flash2:", ", ".join(f"{event.op} {event.tensor}" for event in of_program)
 # %% [markdown]
 # In `flash1` the tile's o, m and l cross HBM for each of the three key tiles (k and v, which it shares with
 # the other query tiles, are left out of its line). In `flash2`, q is loaded once, and o is stored once.
+#
+# Both to play, side by side and in step. The interpreter runs programs one after another; a GPU would run the three of
+# `flash2` at the same time.
+
+# %%
+play("flash1", "flash2", small)
+
+# %% [markdown]
+# *Figure 1. `flash1` goes down the columns of S and moves o each time. `flash2` goes along a row and moves it once.*
 #
 # ## By hand: base 2
 #
@@ -182,7 +192,7 @@ fig = plots.traffic(
 )
 
 # %% [markdown]
-# *Figure 1. In `flash1`, k and v pass by once, and o (in float32) comes and goes with every key tile. In
+# *Figure 2. In `flash1`, k and v pass by once, and o (in float32) comes and goes with every key tile. In
 # `flash2`, k and v come again for each query tile, and o is written once. The trade pays: o is wider, and
 # moves both ways.*
 #
@@ -236,7 +246,7 @@ fig = plots.busy_sms(
 )
 
 # %% [markdown]
-# *Figure 2. `flash1` leaves 116 of 132 SMs idle. `flash2` fills nearly four waves. With fewer heads or longer
+# *Figure 3. `flash1` leaves 116 of 132 SMs idle. `flash2` fills nearly four waves. With fewer heads or longer
 # texts the difference grows: the number of heads is given, and the number of query tiles grows with N.*
 #
 # What is that worth in time? A model, not a measurement: each SM runs one program at a time, a GPU starts them in
@@ -262,7 +272,7 @@ fig = plots.sm_timeline(
 )
 
 # %% [markdown]
-# *Figure 3. Each bar is a program. Both compute 32,768 tiles of 128 × 64. Sixteen programs take 2048 units; 512
+# *Figure 4. Each bar is a program. Both compute 32,768 tiles of 128 × 64. Sixteen programs take 2048 units; 512
 # shorter ones take 256, an eighth, and the fourth wave leaves 16 SMs idle. In this model o costs nothing; on a
 # card, `flash1` is further behind.*
 #
@@ -303,7 +313,7 @@ fig = plots.walks(
 )
 
 # %% [markdown]
-# *Figure 4. Each number is the program that visits the tile. A row of tiles is a program, and only the tile on
+# *Figure 5. Each number is the program that visits the tile. A row of tiles is a program, and only the tile on
 # the diagonal needs a mask. Programs count from the bottom, so that the longest row comes first.*
 #
 # For long sequences the share of the visited tiles comes close to a half, and that of the masked ones to none.
@@ -316,6 +326,14 @@ all_tiles, masked = 32 * 64, 32 * 2
 print(f"visited: {share * all_tiles:.0f} of {all_tiles} tiles, {share:.0%}")
 print(f"masked:  {masked} of these, {masked / (share * all_tiles):.0%}")
 
+# %%
+trace = ladder.count("online", long, trace=True).trace
+fig = plots.visits(trace, long, "Half of the tiles are skipped (N = 4096, causal)")
+
+# %% [markdown]
+# *Figure 6. All tiles of one head, in the order in which `online` computes them; `flash2` computes the same ones, the rows
+# side by side. A stroke marks those that need the mask: a thin band.*
+
 # %% [markdown]
 # ## Longest first
 #
@@ -327,7 +345,7 @@ print(f"masked:  {masked} of these, {masked / (share * all_tiles):.0%}")
 source(flash2._tile_and_head.fn)
 
 # %% [markdown]
-# What does that buy, in the model of Figure 3? N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after
+# What does that buy, in the model of Figure 4? N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after
 # head, and within a head from the shortest on, or from the longest.
 
 # %%
@@ -341,7 +359,7 @@ fig = plots.waiting(
 )
 
 # %% [markdown]
-# *Figure 5. The work is the same. In the wrong order it takes 652 units in place of 510, and 500 would be
+# *Figure 7. The work is the same. In the wrong order it takes 652 units in place of 510, and 500 would be
 # ideal. With many heads the end is a small part of the whole:*
 
 # %%
@@ -483,7 +501,7 @@ print(measured.label)
 fig = plots.speed(measured, 128, "flash2 is faster than SDPA flash (D = 128)")
 
 # %% [markdown]
-# *Figure 6. TFLOP/s in the forward, and in the backward of the next chapter. Higher is better. `flash2` passes SDPA
+# *Figure 8. TFLOP/s in the forward, and in the backward of the next chapter. Higher is better. `flash2` passes SDPA
 # flash at every length; cuDNN, which uses what only Hopper has, stays ahead.*
 #
 # And `flash1`, whose loops are the other way round:
@@ -495,7 +513,7 @@ fig = plots.speedup_against_heads(
 )
 
 # %% [markdown]
-# *Figure 7. With few heads `flash1` leaves most SMs idle, and `flash2` is tens to hundreds of times as fast. With 512
+# *Figure 9. With few heads `flash1` leaves most SMs idle, and `flash2` is tens to hundreds of times as fast. With 512
 # heads both fill the card, and what remains, some four to five times, is o crossing memory, and the work on it.*
 #
 # ## Is it right?

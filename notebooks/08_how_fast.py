@@ -305,8 +305,22 @@ for peer in ("sdpa-flash", "sdpa-cudnn"):
 #
 # ## So how fast?
 #
-# Predict first. In our model, which has no L2, the least time is that of all bytes at HBM's speed. For this shape, with
-# 64 queries in a tile, on an H200:
+# Chapter 01 drew the roofline: what a card can reach at most, if all our bytes come from HBM. All rungs on it, with
+# tiles of 128 × 64:
+
+# %%
+rungs = {name: form(Problem(Nq=4096, D=64)) for name, form in cost.FORWARD.items()}
+fig = plots.roofline(
+    [gpu("h200")],
+    {name: form.intensity for name, form in rungs.items()},
+    "float16",
+    "By the model without L2, all rungs are bound by memory",
+)
+
+# %% [markdown]
+# *Figure 3. FLOPs for each byte that enters the SMs. On the slope, the speed of HBM is the limit.*
+#
+# Now predict: is that so? For the paper's shape, with 64 queries in a tile, the least time in this model:
 
 # %%
 h200 = gpu("h200")
@@ -316,8 +330,7 @@ print(f"bytes at the speed of HBM:  {human_seconds(bound.memory_s)}")
 print(f"arithmetic at its peak:     {human_seconds(bound.compute_s)}")
 
 # %% [markdown]
-# The record of `flashedu bench` has the same number of tokens and heads in other proportions: batch 16, 32 heads.
-# Here is what such a half takes, and what the model says of it:
+# The record of `flashedu bench` has half of this shape: batch 16, 32 heads. The model's bound, and what was measured:
 
 # %%
 speed = records.latest("speed", card="H200")
@@ -330,9 +343,10 @@ print(f"model, memory: {human_seconds(half.memory_s)}")
 print(f"measured:      {human_seconds(flash2['median_s'])}")
 
 # %% [markdown]
-# The kernel is faster than the memory bound of chapter 01 allows! The bound is not wrong; it is a bound for a machine
-# without L2. Here most bytes come from L2, which is faster than HBM. So for attention in one kernel the wall of
-# chapter 01 is gone, and the limit is inside the SM: products, exponentials, and how well they overlap.
+# The kernel is faster than the bound allows. The bound is right for a machine without L2; an H200 is none. Most bytes
+# come from L2, which is faster than HBM. By what DRAM delivered, 0.5 GB in place of 4.6, memory would be busy for a sixth of
+# the time. So for attention in one kernel the wall of chapter 01 is gone, and the limit is inside the SM: products,
+# exponentials, and how well they overlap.
 #
 # For standard attention the wall stands. Its N × N matrices go through DRAM, and no cache helps.
 #
@@ -362,7 +376,7 @@ fig = plots.memory(
 )
 
 # %% [markdown]
-# *Figure 3. Standard attention passes the memory of the card after N = 8192 in this shape (batch 16, 8 heads, D = 64). Both
+# *Figure 4. Standard attention passes the memory of the card after N = 8192 in this shape (batch 16, 8 heads, D = 64). Both
 # flash kernels grow with N. `flash2` takes half of what SDPA flash does: it has no float32 sum of dq.*
 #
 # ## What the papers say, and what we found
@@ -386,7 +400,7 @@ fig = plots.against_published(
 )
 
 # %% [markdown]
-# *Figure 4. What follows from the algorithm, bytes and memory, is reached or passed. What depends on how well a chip is
+# *Figure 5. What follows from the algorithm, bytes and memory, is reached or passed. What depends on how well a chip is
 # used is reached in part, or not.*
 #
 # What to know about each:

@@ -1,7 +1,7 @@
-"""Write what the README shows of the code: the ladder table, and the picture of its traffic.
+"""Write what the README shows of the code: the ladder table, and pictures from its counts.
 
-python tools/readme.py            write both
-python tools/readme.py --check    exit 1, with a sentence, if either is stale
+python tools/readme.py            write them
+python tools/readme.py --check    exit 1, with a sentence, if one is stale
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flashedu import ladder, plots
+from flashedu.bench import show
+from flashedu.bench.record import latest
 from flashedu.memory import Machine, Problem, cost, gpu
+from flashedu.player.film import Film, record
+from flashedu.player.still import storyboard
 from flashedu.stages import LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PICTURE = ROOT / "images" / "traffic.png"
-BEGIN, END = "<!-- ladder: made by tools/readme.py -->\n", "<!-- end of ladder -->"
+IMAGES = ROOT / "images"
+BEGIN, END = "<!-- {}: made by tools/readme.py -->\n", "<!-- end of {} -->"
 
 PROBLEM = Problem(Nq=4096, D=64)
+SMALL = Problem(Nq=64, D=16, block_q=8, block_k=8)
 CARD = gpu("h200")
 
-Bytes = dict[str, dict[str, tuple[int, int]]]
+THEMES = {"light": "", "dark": "_dark"}  # what its files' names end in
 
 
 @cache
@@ -54,42 +62,80 @@ def table() -> str:
     return ladder.markdown_table(rows)
 
 
-def traffic() -> Bytes:
-    """Stage → tensor → (bytes read, bytes written), counted."""
-    return {name: machine.bytes_by_tensor() for name, machine in run(PROBLEM).items()}
+def traffic() -> Figure:
+    counted = {name: machine.bytes_by_tensor() for name, machine in run(PROBLEM).items()}
+    return plots.traffic(counted, "HBM traffic of one head, N = 4096, D = 64, float16")
 
 
-def with_table(readme: str, new: str) -> str:
-    """The README with `new` between the markers."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + new + END + rest.split(END, 1)[1]
+def moments() -> Figure:
+    return storyboard([film()])
 
 
-def picture_bytes() -> Bytes:
-    """What the stored picture was drawn from: it carries its data."""
-    with Image.open(PICTURE) as picture:
-        stored = json.loads(picture.info["Description"])
-    return {stage: {t: tuple(b) for t, b in tensors.items()} for stage, tensors in stored.items()}
+@cache
+def film() -> Film:
+    return record("online", SMALL)
+
+
+def counts(name: str) -> Any:
+    """What a picture was drawn from, as JSON reads it."""
+    machines = run(PROBLEM) if name == "traffic" else {"online": film().machine}
+    found = {stage: machine.bytes_by_tensor() for stage, machine in machines.items()}
+    return json.loads(json.dumps(found))
+
+
+PICTURES = {"moments": moments, "traffic": traffic}
+
+
+def counters() -> str:
+    """flash2's bytes into the SMs, three times over, from the record of an H200."""
+    lines = ["| queries in a tile | closed formula | counted, interpreted | counted by the H200 |",
+             "| ---: | ---: | ---: | ---: |"]  # fmt: skip
+    three = show.three_counts(latest(kind="traffic", card="H200"))["flash2"]
+    for tile, numbers in three.items():
+        queries = tile.split()[2]
+        lines.append(f"| {queries} | {' | '.join(f'{n:,}' for n in numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"ladder": table, "counters": counters}
+
+
+def with_table(readme: str, name: str, new: str) -> str:
+    """The README with `new` between the markers of that name."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = readme.split(begin)
+    return before + begin + new + end + rest.split(end, 1)[1]
 
 
 def stale() -> list[str]:
     """A sentence for each part of the README that the code has left behind."""
     readme = README.read_text(encoding="utf-8")
     found = []
-    if with_table(readme, table()) != readme:
-        found.append("README.md: the ladder table is stale; python tools/readme.py writes it")
-    if picture_bytes() != traffic():
-        found.append("images/traffic.png is stale; python tools/readme.py draws it")
+    for name, make in TABLES.items():
+        if with_table(readme, name, make()) != readme:
+            found.append(f"README.md: the {name} table is stale; python tools/readme.py writes it")
+    for name in PICTURES:
+        for ending in THEMES.values():
+            path = IMAGES / f"{name}{ending}.png"
+            with Image.open(path) as picture:  # it carries its data
+                if json.loads(picture.info["Description"]) != counts(name):
+                    found.append(f"images/{path.name} is stale; python tools/readme.py draws it")
     return found
 
 
 def write() -> None:
     readme = README.read_text(encoding="utf-8")
-    README.write_text(with_table(readme, table()), encoding="utf-8")
-    counted = traffic()
-    fig = plots.traffic(counted, "HBM traffic of one head, N = 4096, D = 64, float16")
-    PICTURE.parent.mkdir(exist_ok=True)
-    fig.savefig(PICTURE, dpi=160, metadata={"Description": json.dumps(counted), "Software": None})
+    for name, make in TABLES.items():
+        readme = with_table(readme, name, make())
+    README.write_text(readme, encoding="utf-8")
+    IMAGES.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        metadata = {"Description": json.dumps(counts(name)), "Software": None}
+        for theme, ending in THEMES.items():
+            with plots.theme(theme):
+                fig = draw()
+            fig.savefig(IMAGES / f"{name}{ending}.png", dpi=160, metadata=metadata)
+            plt.close(fig)
 
 
 def main() -> int:
