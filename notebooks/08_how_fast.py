@@ -171,34 +171,25 @@ table(
 
 
 # %%
-def row_of(what, kernel, run):
-    return {
-        "what": what,
-        "kernel": kernel,
-        "tile": "{} × {}".format(*run["tile"][:2]),
-        "into the SMs": f"{run['l2_to_sm_bytes'] / run['closed_form']['read']:.4f}",
-        "out of them": f"{run['sm_to_l2_bytes'] / run['closed_form']['written']:.4f}",
-    }
-
-
 def with_tile(runs, block_q, block_k):
     return next(run for run in runs if run["tile"][:2] == [block_q, block_k])
 
 
 causal = {kernel: measured(kernel, causal=True) for kernel in kernels}
 ragged = measured("flash2", "ragged")
-table([
-    row_of("causal", "flash2", with_tile(causal["flash2"], 64, 64)),
-    row_of("causal", "flash2 dq", with_tile(causal["flash2 dq"], 64, 32)),
-    row_of(
-        "backward, full", "flash2 dkdv", with_tile(measured("flash2 dkdv"), 32, 32)
-    ),
-    row_of("causal", "flash1", with_tile(causal["flash1"], 32, 128)),
-    row_of("N = 1000", "flash2", ragged[0]),
-    row_of("N = 1023", "flash2", ragged[1]),
-    row_of("spilled", "flash1", measured("flash1", "spills")[0]),
-    row_of("spilled", "flash2 dkdv", measured("flash2 dkdv", "spills")[0]),
-])  # fmt: skip
+table(
+    {"what": what} | show.beside_form(run)
+    for what, run in (
+        ("causal", with_tile(causal["flash2"], 64, 64)),
+        ("causal", with_tile(causal["flash2 dq"], 64, 32)),
+        ("backward, full", with_tile(measured("flash2 dkdv"), 32, 32)),
+        ("causal", with_tile(causal["flash1"], 32, 128)),
+        ("N = 1000", ragged[0]),
+        ("N = 1023", ragged[1]),
+        ("spilled", measured("flash1", "spills")[0]),
+        ("spilled", measured("flash2 dkdv", "spills")[0]),
+    )
+)
 
 # %% [markdown]
 # - **Causal bands: none.** The kernel skips whole tiles, and so does the formula. Both come out equal.

@@ -112,6 +112,17 @@ def l2_and_dram(record: Record, *, causal: bool = False) -> dict[str, dict[str, 
     }
 
 
+def beside_form(run: Run) -> dict[str, str]:
+    """A launch of ours: its bytes by the card's counters over those of the closed form."""
+    form = run["closed_form"]
+    return {
+        "kernel": run["kernel"],
+        "tile": "{} × {}".format(*run["tile"][:2]),
+        "into the SMs": f"{run['l2_to_sm_bytes'] / form['read']:.4f}",
+        "out of them": f"{run['sm_to_l2_bytes'] / form['written']:.4f}",
+    }
+
+
 def save(figures: dict[str, Figure], path: Path) -> list[Path]:
     """Write them: one to `path`, several beside it with their names added."""
     written = []
