@@ -413,7 +413,7 @@ def test_a_run_that_is_too_long_gets_sizes_that_would_do(n: int) -> None:
 )
 def test_a_run_of_too_many_scores_is_not_begun(stage: str, p: Problem) -> None:
     with (
-        mock.patch("flashedu.player.record", lambda stage, p, seed: record("tiled", SMALL)),
+        mock.patch("flashedu.player.record", return_value=shoot("tiled", SMALL)),
         pytest.raises(ValueError, match="problem must be small enough") as error,
     ):
         play(stage, p)
