@@ -317,6 +317,46 @@ def test_keys_reach_the_player_only_while_the_focus_is_in_it(tmp_path, new_page)
     assert at(page) == 2
 
 
+def test_what_the_list_and_the_source_do_with_a_key_is_kept_from_the_page(
+    tmp_path, new_page
+) -> None:
+    """In JupyterLab, 6 makes a heading of the cell, and ArrowDown goes to the next one."""
+    (tmp_path / "kept.html").write_text(f"<body>{play('tiled', P).html}", encoding="utf-8")
+    page = new_page((tmp_path / "kept.html").as_uri())
+    page.evaluate("document.addEventListener('keydown', e => document.title += e.key, true)")
+    page.get_by_role("combobox", name="Speed").focus()
+    page.keyboard.press("6")
+    assert page.get_by_role("combobox", name="Speed").input_value() == "64"
+    page.get_by_role("region", name="source of forward").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("PageDown")
+    assert page.title() == ""
+    assert at(page) == 0
+    page.wait_for_function(
+        "document.querySelector('[data-flashedu-player]').shadowRoot.querySelector('pre').scrollTop"
+    )
+
+
+def test_a_player_that_is_taken_away_with_the_focus_in_it_takes_no_more_keys(
+    tmp_path, new_page
+) -> None:
+    """Its cell ran again. Not all browsers tell that the focus left what is gone."""
+    html = f"<body><input id=other>{play('tiled', P).html}</body>"
+    (tmp_path / "gone.html").write_text(html, encoding="utf-8")
+    page = new_page((tmp_path / "gone.html").as_uri())
+    page.evaluate("window.addEventListener('focusout', e => e.stopImmediatePropagation(), true)")
+    page.get_by_role("slider", name="Step").focus()
+    page.keyboard.press("ArrowRight")
+    assert at(page) == 1
+    page.evaluate("document.querySelector('[data-flashedu-player]').remove()")
+    page.locator("#other").focus()
+    page.keyboard.type("a b")
+    page.keyboard.press("Home")
+    page.keyboard.type("c")
+    assert page.locator("#other").input_value() == "ca b"
+    assert not page.errors, page.errors
+
+
 def test_a_live_jupyterlab_plays_it(lab, new_page) -> None:
     page = new_page(lab)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=40_000)

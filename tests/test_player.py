@@ -24,7 +24,7 @@ from matplotlib.image import imread
 
 from flashedu.memory import Problem
 from flashedu.memory.trace import visits
-from flashedu.player import MAX_BYTES, Player, film, page, play
+from flashedu.player import MAX_BYTES, MAX_SCORES, Player, film, page, play
 from flashedu.player.film import Film, pack, record
 from flashedu.player.still import storyboard
 from flashedu.plots.style import LIGHT
@@ -367,11 +367,21 @@ def test_an_argument_of_another_kind_gets_a_sentence(arguments: tuple, message: 
         (("tiled", SMALL.replace(dtype="bfloat16")), "has no bfloat16"),
         (("tiled", SMALL.replace(Nk=0)), "problem must have a Nk of 1 or more to be played, got 0"),
         (("tiled", SMALL.replace(B=0)), "problem must have a B of 1 or more"),
+        (
+            ("flash2", Problem(B=64, H=16, Nq=16, D=16, block_q=16, block_k=16)),
+            "got B=64, H=16: with one query and key, too; fewer heads would do",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_played_gets_a_sentence(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         play(*arguments)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x", None])
+def test_a_seed_that_draws_no_inputs_gets_a_sentence(seed: object) -> None:
+    with pytest.raises(ValueError, match=f"seed must be an integer of 0 or more, got {seed!r}"):
+        play("tiled", SMALL, seed=seed)
 
 
 def test_a_stage_that_cannot_run_here_says_why() -> None:
@@ -391,3 +401,27 @@ def test_a_run_that_is_too_long_gets_sizes_that_would_do(n: int) -> None:
     Nq, Nk = map(int, re.findall(r"Nq=(\d+), Nk=(\d+) would do", str(error.value))[0])
     assert 1 < Nq < n
     assert len(play("tiled", "online", SMALL.replace(Nq=Nq, Nk=Nk)).html.encode()) <= MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    ("stage", "p"),
+    [
+        ("naive", Problem(Nq=100_000, D=8)),
+        ("tiled", Problem(Nq=30_000, D=8, block_q=30_000, block_k=30_000)),
+        ("online", Problem(B=64, H=64, Nq=4096, D=8, block_q=1024, block_k=1024)),
+    ],
+)
+def test_a_run_of_too_many_scores_is_not_begun(stage: str, p: Problem) -> None:
+    with (
+        mock.patch("flashedu.player.record", return_value=shoot("tiled", SMALL)),
+        pytest.raises(ValueError, match="problem must be small enough") as error,
+    ):
+        play(stage, p)
+    Nq, Nk = map(int, re.findall(r"Nq=(\d+), Nk=(\d+) would do", str(error.value))[0])
+    assert MAX_SCORES / 4 < p.B * p.H * Nq * Nk <= MAX_SCORES
+
+
+def test_heads_that_run_side_by_side_make_no_player_too_long() -> None:
+    """A stage that traces all heads at once has as many events for 1024 as for one."""
+    one, many = play("tiled", SMALL.replace(Nq=16)), play("tiled", SMALL.replace(B=64, H=16, Nq=16))
+    assert len(one.films[0].trace) == len(many.films[0].trace)

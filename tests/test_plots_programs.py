@@ -83,6 +83,12 @@ def runs(ax):
     return [(round(box.y0), box.x0, box.x1) for box in boxes], bars.get_facecolors()
 
 
+@pytest.mark.parametrize("work", [[], [0, 0]])
+def test_a_timeline_of_no_time_is_refused_in_a_sentence(work):
+    with pytest.raises(ValueError, match="a run that takes time, got none in 'b'"):
+        plots.sm_timeline({"a": assign([1], 4), "b": assign(work, 4)}, 4, "steps", "No work")
+
+
 def test_a_timeline_has_a_bar_for_each_program_on_its_sm():
     schedules = {"a": assign([3, 1, 2], 2), "b": assign([1] * 5, 2)}
     fig = plots.sm_timeline(schedules, 2, "unit", "title", programs_a_head={"b": 2})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from flashedu.bench import published
 from flashedu.bench.published import Claim
-from flashedu.bench.record import latest
+from flashedu.bench.record import NoRecord, Record, latest
 
 
 def claim(low, high, ours, comparable=True):
@@ -47,3 +49,61 @@ def test_ratios_are_those_of_the_records():
     step = {peer: seconds["fwd", peer] + seconds["bwd", peer] for peer in moved}
     ratio = step["standard"] / step["flash2"]
     assert found["time, standard / flash, N 1024"].ours[1] == pytest.approx(ratio)
+
+
+def without(record, keep):
+    """A copy that has only the cases that `keep`, which may also change them."""
+    data = copy.deepcopy(record.data)
+    return Record(record.path, {**data, "cases": [case for case in data["cases"] if keep(case)]})
+
+
+def out_of_memory(case):
+    for run in case["runs"]:
+        run |= {"why": "out of memory"} | dict.fromkeys(("median_s", "tflops", "extra_bytes"))
+    return True
+
+
+def uncounted(case):
+    case |= {"why": "out of memory", "runs": []}
+    return True
+
+
+@pytest.mark.parametrize(
+    ("which", "keep", "why"),
+    [
+        ("speed", lambda case: case["N"] != 16384, "has no case of speed with D 128, causal False"),
+        ("speed", lambda case: case["N"] != 1024, "has no case of speed with D 64, causal False"),
+        ("memory", lambda case: case["N"] != 65536, "has no case of memory with N 65536"),
+        ("speed", out_of_memory, "out of memory"),
+        ("memory", out_of_memory, "out of memory"),
+        ("traffic", lambda case: case["pass"] == "fwd", "has no case of peers with .*pass bwd"),
+        ("traffic", uncounted, "out of memory"),
+    ],
+)
+def test_a_record_that_lacks_what_a_ratio_needs_gives_no_ratio(monkeypatch, which, keep, why):
+    def newest(section, *, kind, card, folder):
+        found = latest(section, kind=kind, card=card)
+        return without(found, keep) if which in (section, kind) else found
+
+    monkeypatch.setattr(published, "latest", newest)
+    with pytest.raises(NoRecord, match=why):
+        published.claims()
+
+
+def test_the_note_says_where_the_least_ratio_is(monkeypatch):
+    def note(slow):
+        def newest(section, *, kind, card, folder):
+            found = latest(section, kind=kind, card=card)
+            return without(found, slower) if section == "speed" else found
+
+        def slower(case):
+            for run in case["runs"]:
+                if run["peer"] == "flash2" and case["N"] == slow:
+                    run["median_s"] *= 100
+            return True
+
+        monkeypatch.setattr(published, "latest", newest)
+        return next(c.why for c in published.claims() if c.what == "speed, flash2 / standard")
+
+    assert note(None).endswith("N 512 to 16,384, D 64 and 128; the least is at N 512")
+    assert note(4096).endswith("the least is at N 4,096")

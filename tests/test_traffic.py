@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def test_the_small_run_counted_what_the_closed_form_says():
 def test_another_unit_than_bytes_is_refused():
     with pytest.raises(traffic.Unreadable, match="'Kbyte', not in bytes"):
         traffic.parse(PRINTED.replace('"byte"', '"Kbyte"'))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ('"219,904"', '"219.904.000"', "'219.904.000' for dram__bytes_read.sum, not a number"),
+        ('"219,904"', '"n/a"', "'n/a' for dram__bytes_read.sum, not a number"),
+        ("dram__bytes_read.sum", "another", "ncu gave no dram__bytes_read.sum"),
+        ("Kernel Name", "another", "ncu gave no Kernel Name"),
+    ],
+)
+def test_a_log_that_lacks_a_number_is_refused_in_a_sentence(old, new, why):
+    with pytest.raises(traffic.Unreadable, match=re.escape(why)):
+        traffic.parse(PRINTED.replace(old, new))
+
+
+def test_a_number_may_have_commas_and_a_fraction():
+    (first, *_) = traffic.parse(PRINTED.replace('"222,720"', '"1,222,720.00"'))[0]
+    assert first["dram_read_bytes"] == 1_222_720
 
 
 @pytest.mark.parametrize(
@@ -138,6 +158,63 @@ def test_where_ncu_fails_a_sentence_and_the_recorded_run_are_shown(capsys, ncu, 
     assert why in err.splitlines()[-1]
     assert real.path.name in out
     assert not (tmp_path / "x.json").exists(), "a record of nothing is left"
+
+
+@pytest.mark.parametrize("log", ["", PRINTED.split('"ID"')[0]], ids=["nothing", "no table"])
+def test_an_ncu_that_counts_nothing_leaves_no_record(capsys, ncu, tmp_path, log):
+    ncu(log=log, said="\n".join(f"{n}\tran" for n in range(len(QUICK))))
+    code, _, err = cli_run(capsys, "traffic", "--quick", "--out", tmp_path / "x.json")
+    assert code == 1
+    assert "flashedu bench traffic: ncu counted no launch of any kernel\n" in err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_case_of_which_ncu_counted_nothing_says_so(capsys, ncu, tmp_path):
+    """The log has the first cases of a run only."""
+    ncu(said="\n".join(f"{n}\tran" for n in range(len(QUICK))))
+    code, out, _ = cli_run(capsys, "traffic", "--quick", "--out", tmp_path / "x.json")
+    assert code == 0
+    for case in record.load(tmp_path / "x.json").data["cases"]:
+        assert case["why"] == (None if case["runs"] else "ncu counted no launch of it")
+    assert "sdpa-cudnn, bwd, N 256: ncu counted no launch of it" in out
+
+
+def test_a_pass_of_which_ncu_counted_some_kernels_only_says_which_it_lacks(capsys, ncu, tmp_path):
+    lines = PRINTED.splitlines(keepends=True)
+    ncu(log="".join(line for line in lines if '"dq_kernel"' not in line))
+    cli_run(capsys, "traffic", "--quick", "--out", tmp_path / "x.json")
+    backward = record.load(tmp_path / "x.json").data["cases"][2]
+    assert [run["kernel"] for run in backward["runs"]] == ["flash2 delta", "flash2 dkdv"]
+    assert backward["why"] == "ncu counted no launch of flash2 dq"
+
+
+def test_ncu_prints_numbers_in_one_notation_whatever_the_locale(monkeypatch, ncu, tmp_path):
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    ncu()
+    text = (tmp_path / "ncu").read_text(encoding="utf-8")
+    told = text.replace(
+        "import sys\n", "import os, sys\nprint('==ERROR==', os.environ['LC_ALL'])\n"
+    )
+    (tmp_path / "ncu").write_text(told, encoding="utf-8")
+    with pytest.raises(traffic.Unreadable, match=r"ncu failed: C$"):
+        traffic._profile(QUICK, lambda *_: None)
+
+
+def test_a_launch_that_fails_leaves_neither_range_nor_profiler_open(monkeypatch):
+    """What ran next would be counted as this case's."""
+    called = []
+    monkeypatch.setattr(traffic.Cuda, "__init__", lambda self: None)
+    for place, name in ((torch.cuda.nvtx, "range_start"), (torch.cuda.nvtx, "range_end"),
+                        (torch.cuda.profiler, "start"), (torch.cuda.profiler, "stop"),
+                        (torch.cuda, "synchronize")):  # fmt: skip
+        monkeypatch.setattr(place, name, lambda *_, name=name: called.append(name))
+
+    def call():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        traffic.Profiled(3).seconds(call, wait=False)
+    assert called == ["synchronize", "start", "range_start", "range_end", "stop"]
 
 
 def test_without_ncu_it_says_so_and_shows_the_recorded_run(capsys, monkeypatch):

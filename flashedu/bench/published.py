@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashedu.bench.record import Record, latest
+from flashedu.bench.record import NoRecord, Record, latest
 from flashedu.memory import gpu
 
 Range = tuple[float, float]
@@ -85,10 +85,14 @@ def _claims(
         "64 times the length: linear in N",
     )  # fmt: skip
     sizes = sorted({(c["D"], c["causal"], c["N"]) for c in speed.cases("speed")})
+    ratios = {size: _step(speed, "standard", *size) / _step(speed, "flash2", *size)
+              for size in sizes}  # fmt: skip
+    head_sizes = " and ".join(str(size) for size in sorted({size[0] for size in sizes}))
+    lengths, least = sorted({size[2] for size in sizes}), min(ratios, key=lambda size: ratios[size])
     yield Claim(
-        "speed, flash2 / standard", "FlashAttention-2", (3.0, 10.0),
-        _range(_step(speed, "standard", *size) / _step(speed, "flash2", *size) for size in sizes),
-        True, "forward and backward, N 512 to 16,384, D 64 and 128; the least is at N 512",
+        "speed, flash2 / standard", "FlashAttention-2", (3.0, 10.0), _range(ratios.values()), True,
+        f"forward and backward, N {lengths[0]:,} to {lengths[-1]:,}, D {head_sizes}; "
+        f"the least is at N {least[2]:,}",
     )  # fmt: skip
     yield Claim(
         "speed, flash2 / flash1", "FlashAttention-2", (1.7, 3.0),
@@ -103,7 +107,7 @@ def _claims(
         _range([best * 1e12 / peak]), True,
         "at best; theirs 230 of an A100's 312 TFLOP/s, ours on a card three times as fast",
     )  # fmt: skip
-    (long,) = speed.cases("speed", D=128, causal=False, N=16384, **{"pass": "fwd"})
+    long = _case(speed, "speed", D=128, causal=False, N=16384, **{"pass": "fwd"})
     yield Claim(
         "TFLOP/s / 648, forward, N 16,384, D 128", "FlashAttention-3", (1.0, 1.0),
         _range([_run(long, "flash2")["tflops"] / 648]), True,
@@ -116,26 +120,43 @@ def _range(values: Any) -> Range:
     return min(found), max(found)
 
 
+def _case(record: Record, section: str, **sizes: Any) -> dict[str, Any]:
+    """The only case of these sizes. Raises NoRecord if there is none, or if it did not run."""
+    found = record.cases(section, **sizes)
+    if len(found) != 1:
+        text = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        many = "more than one" if found else "no"
+        raise NoRecord(f"{record.path.name} has {many} case of {section} with {text}")
+    _ran(found[0])
+    return found[0]
+
+
 def _run(case: dict[str, Any], peer: str) -> dict[str, Any]:
-    (found,) = (run for run in case["runs"] if run["peer"] == peer)
-    return found  # type: ignore[no-any-return]
+    found: dict[str, Any] = next(run for run in case["runs"] if run["peer"] == peer)
+    _ran(found, f"{peer}, N {case['N']}: ")
+    return found
+
+
+def _ran(recorded: dict[str, Any], what: str = "") -> None:
+    if recorded.get("why"):
+        raise NoRecord(f"there is no ratio without a number: {what}{recorded['why']}")
 
 
 def _step(speed: Record, peer: str, D: int, causal: bool, N: int) -> float:
     """Seconds of forward and backward."""
-    cases = speed.cases("speed", D=D, causal=causal, N=N)
-    return sum(_run(case, peer)["median_s"] for case in cases)
+    passes = [_case(speed, "speed", D=D, causal=causal, N=N, **{"pass": x}) for x in ("fwd", "bwd")]
+    return sum(_run(case, peer)["median_s"] for case in passes)
 
 
 def _extra(memory: Record, peer: str, N: int) -> int:
-    (case,) = memory.cases("memory", N=N)
-    return int(_run(case, peer)["extra_bytes"])
+    return int(_run(_case(memory, "memory", N=N), peer)["extra_bytes"])
 
 
 def _dram_bytes(traffic: Record, peer: str) -> int:
     """Read and written, forward and backward, without a mask."""
+    sizes = {"peer": peer, "causal": False, "B": 64, "H": 16, "N": 1024, "D": 64}
     return sum(
         run["dram_read_bytes"] + run["dram_write_bytes"]
-        for case in traffic.cases("peers", peer=peer, causal=False)
-        for run in case["runs"]
+        for pass_ in ("fwd", "bwd")
+        for run in _case(traffic, "peers", **sizes, **{"pass": pass_})["runs"]
     )

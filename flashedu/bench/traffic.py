@@ -8,6 +8,7 @@ with the case's number, which the program opens around the launch.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ NCU = (
     "--print-units", "base", "--metrics", ",".join(METRICS.values()),
 )  # fmt: skip
 RANGE = re.compile(r"flashedu case (\d+) begins")
+NUMBER = re.compile(r"(\d+|\d{1,3}(,\d{3})+)(\.\d*)?")
 KERNELS = {  # launched → as its traffic is counted; flash1's is a forward_kernel too
     "delta_kernel": "flash2 delta",
     "dkdv_kernel": "flash2 dkdv",
@@ -199,6 +201,8 @@ def measure(wanted: Sequence[Case], device: Any, *, on_case: OnCase) -> Iterator
     from_interpreter = counted(wanted)
     device.free()
     launched, why = _profile(wanted, on_case)
+    if not launched:
+        raise Unreadable("ncu counted no launch of any kernel")
     for number, case in enumerate(wanted):
         yield _entry(case, launched.get(number, []), why.get(number), from_interpreter[number])
 
@@ -221,6 +225,9 @@ def _entry(
             "counted": interpreted.get(name) if ours else None,
             "why": None,
         })  # fmt: skip
+    lacks = [name for name in case.kernels if all(run["kernel"] != name for run in runs)]
+    if why is None and (lacks or not runs):
+        why = f"ncu counted no launch of {', '.join(lacks) if runs else 'it'}"
     return {
         "section": case.section,
         **{size: getattr(p, size) for size in ("B", "H", "D", "dtype", "causal")},
@@ -241,8 +248,10 @@ def _profile(
         quick = "quick" if list(wanted) == plan(quick=True) else "full"
         command = [*NCU, "--log-file", str(log), sys.executable, "-m", __name__, quick]
         why = {}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) as ran:  # fmt: skip
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+            errors="replace", env={**os.environ, "LC_ALL": "C"},  # numbers as 1,234 or 1234
+        ) as ran:  # fmt: skip
             said = []
             for line in ran.stdout or ():
                 number, _, rest = line.rstrip("\n").partition("\t")
@@ -277,11 +286,15 @@ def failure(log: str, said: str, code: int) -> str | None:
 def parse(log: str) -> dict[int, list[dict[str, Any]]]:
     """Number of a case → its launches in order, from what `ncu --csv --page raw` printed.
 
-    Each launch has the kernel's name and grid, and its bytes by the names of METRICS.
+    Each launch has the kernel's name and grid, and its bytes by the names of METRICS. Raises
+    Unreadable for a table that lacks a column, or has what is no number of bytes.
     """
     lines = [line for line in log.splitlines() if not line.startswith("==")]
     table = csv.DictReader(lines)
     units = next(table, {})
+    for column in ("Kernel Name", "Grid Size", *METRICS.values()) if units else ():
+        if column not in units:
+            raise Unreadable(f"ncu gave no {column}")
     found: dict[int, list[dict[str, Any]]] = {}
     for row in table:
         number = next((m[1] for cell in row.values() if (m := RANGE.search(cell or ""))), None)
@@ -292,6 +305,8 @@ def parse(log: str) -> dict[int, list[dict[str, Any]]]:
         for name, metric in METRICS.items():
             if units[metric] != "byte":
                 raise Unreadable(f"ncu gave {metric} in {units[metric]!r}, not in bytes")
+            if not NUMBER.fullmatch(row[metric]):
+                raise Unreadable(f"ncu gave {row[metric]!r} for {metric}, not a number as 1,234")
             launch[name] = int(float(row[metric].replace(",", "")))
         found.setdefault(int(number), []).append(launch)
     return found
@@ -313,10 +328,12 @@ class Profiled(Cuda):
         torch.cuda.profiler.start()
         # not push and pop: a backward launches from a thread of its own
         opened = torch.cuda.nvtx.range_start(f"flashedu case {self._number} begins")
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.nvtx.range_end(opened)
-        torch.cuda.profiler.stop()
+        try:
+            call()
+            torch.cuda.synchronize()
+        finally:  # or what runs next is counted as this case's
+            torch.cuda.nvtx.range_end(opened)
+            torch.cuda.profiler.stop()
         return 0.0
 
 

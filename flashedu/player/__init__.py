@@ -15,7 +15,8 @@ from flashedu.stages import rung
 __all__ = ["Film", "Player", "play"]
 
 MAX_BYTES = 150_000  # of HTML: a notebook holds several players
-MAX_TILES = 1000  # of scores: more are refused before they are run
+MAX_TILES = 1000  # of S, in steps: more are refused before they are run,
+MAX_SCORES = 2**24  # and so are more elements of S, of all heads: a run takes a moment
 
 
 class Player:
@@ -65,7 +66,8 @@ def play(*stages_and_problem: Any, seed: int = 0) -> Player:
 
     `play("tiled", problem)`, `play("tiled", "online", problem)` or `play(["tiled", "online"],
     problem)`. `seed` draws the inputs. Raises ValueError for an unknown stage, for a problem that a
-    stage does not take, and for one whose player would take more than 150,000 bytes.
+    stage does not take, and for one whose player would take more than 150,000 bytes or whose run
+    more than a moment.
     """
     *names, problem = stages_and_problem or (None,)
     if len(names) == 1 and isinstance(names[0], list | tuple):
@@ -75,6 +77,8 @@ def play(*stages_and_problem: Any, seed: int = 0) -> Player:
             "problem must be a flashedu.memory.Problem and come last, as in "
             f'play("tiled", Problem(Nq=64, D=16, block_q=8, block_k=8)), got {problem!r}'
         )
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer of 0 or more, got {seed!r}")
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"stages must be names, as 'tiled', got {name!r}")
@@ -88,19 +92,30 @@ def play(*stages_and_problem: Any, seed: int = 0) -> Player:
     if player is None:
         smaller = problem
         while player is None:
+            if smaller.Nq == smaller.Nk == 1:
+                raise ValueError(
+                    f"problem must be small enough for {MAX_BYTES:,} bytes of HTML, got "
+                    f"B={problem.B}, H={problem.H}: with one query and key, too; fewer heads would "
+                    "do"
+                )
             smaller = smaller.replace(Nq=-(-smaller.Nq // 2), Nk=-(-smaller.Nk // 2))
             player = _fitting(names, smaller, seed)
         raise ValueError(
-            f"problem must be small enough for {MAX_BYTES:,} bytes of HTML, got Nq={problem.Nq}, "
-            f"Nk={problem.Nk}; Nq={smaller.Nq}, Nk={smaller.Nk} would do with these tiles"
+            f"problem must be small enough for {MAX_BYTES:,} bytes of HTML and {MAX_SCORES:,} "
+            f"scores, got Nq={problem.Nq}, Nk={problem.Nk}; Nq={smaller.Nq}, Nk={smaller.Nk} "
+            "would do with these tiles"
         )
     return player
 
 
 def _fitting(names: Sequence[str], p: Problem, seed: int) -> Player | None:
     """The player; None if it would be too large."""
-    tiles = p.B * p.H * -(-p.Nq // p.block_q) * -(-p.Nk // p.block_k)
-    if tiles > MAX_TILES and any(rung(name).tile_sizes for name in names):
+    if p.B * p.H * p.Nq * p.Nk > MAX_SCORES:
         return None
+    tiles = -(-p.Nq // p.block_q) * -(-p.Nk // p.block_k)
+    for found in map(rung, names):
+        heads = p.B * p.H if found.is_triton else 1  # others step through all heads at once
+        if found.tile_sizes and heads * tiles > MAX_TILES:
+            return None
     player = Player([record(name, p, seed=seed) for name in names])
     return player if len(player.html.encode()) <= MAX_BYTES else None

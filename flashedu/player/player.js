@@ -202,18 +202,25 @@ function mount(host, films, css) {
     Home: () => go(0), End: () => go(steps),
   };
   const ofControls = ["Enter", "ArrowUp", "ArrowDown", "PageUp", "PageDown"];
+  const listen = () => window.addEventListener("keydown", onKey, true);
+  const listenNoMore = () => window.removeEventListener("keydown", onKey, true);
   function onKey(event) {
     const focus = root.activeElement, action = keys[event.key];
-    const control = focus && focus.matches("button, select, input");
+    if (!focus) { // taken away with the focus in it, of which not all browsers tell
+      listenNoMore();
+      return;
+    }
+    const control = focus.matches("button, select, input, pre");
+    const typed = focus === speed && event.key.length === 1; // finds an entry of the list
     if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-    if (!action && !(control && ofControls.includes(event.key))) return;
+    if (!action && !typed && !(control && ofControls.includes(event.key))) return;
     event.stopPropagation();
     if (!action || focus === speed || (event.key === " " && focus.matches("button"))) return;
     event.preventDefault();
     action();
   }
-  player.addEventListener("focusin", () => window.addEventListener("keydown", onKey, true));
-  player.addEventListener("focusout", () => window.removeEventListener("keydown", onKey, true));
+  player.addEventListener("focusin", listen);
+  player.addEventListener("focusout", listenNoMore);
 
   followTheme(player);
   root.append(element("style", {}, css), player);

@@ -133,8 +133,13 @@ def sm_timeline(
 
     `schedules`: label → its runs, as `flashedu.schedule.assign` gives them; `unit` is that of their
     times. `programs_a_head`: label → how many programs in a row belong to one head and have one
-    shade; 1 where a label is missing.
+    shade; 1 where a label is missing. Raises ValueError for a schedule that takes no time.
     """
+    for label, runs in schedules.items():
+        if not any(run.stop for run in runs):
+            raise ValueError(
+                f"schedules must each have a run that takes time, got none in {label!r}"
+            )
     with styled() as look:
         fig, axes = plt.subplots(
             1, len(schedules), figsize=(8, 4.2), sharex=True, sharey=True, squeeze=False
