@@ -22,10 +22,12 @@ def source(function: Callable[..., Any]) -> Markdown:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Markdown:
-    """A table of rows, each column → cell. All but the first column stand right."""
+    """A table of rows, each column → cell. Numbers stand right, but in the first column."""
     rows = list(rows)
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
-    lines += [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    _, *rest = zip(*cells, strict=True)
+    marks = ["---", *("---:" if all(map(_is_number, column)) else "---" for column in rest)]
+    lines = [list(rows[0]), marks, *cells]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -41,6 +43,11 @@ def record(name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"name must be one of the records ({known}), got {name!r}")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _is_number(cell: str) -> bool:
+    """Whether it begins as one does: 12, −0.5, 3.1 ms; or stands for none."""
+    return cell[:1] in "0123456789+-−" or not cell
 
 
 def _cell(value: Any) -> str:

@@ -134,7 +134,7 @@ fig = plots.traffic(
 # ## Watch one run
 #
 # A run that was counted can be played, step by step. This is `online` on 32 tokens, in tiles of eight. Above is the
-# large memory, below the small one of one program. Press Play, drag the slider, or step with ← and →. Nothing needs to be
+# large memory, below the small one on the chip. Press Play, drag the slider, or step with ← and →. Nothing needs to be
 # understood yet: see that tiles go down, that only finished rows of o come up, and that S is never in HBM.
 
 # %%

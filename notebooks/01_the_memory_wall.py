@@ -90,7 +90,8 @@ for event in machine.trace:
 play("naive", small)
 
 # %% [markdown]
-# *Figure 2. Each kernel starts with an empty SRAM, so what the next one needs must wait in HBM.*
+# *Figure 2. Each kernel starts with an empty SRAM, so what the next one needs must wait in HBM. (On the chip numbers
+# have 4 bytes, in HBM 2: float16 inputs are computed with in float32.)*
 #
 # ## Predict first
 #

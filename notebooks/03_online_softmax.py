@@ -125,7 +125,8 @@ fig = plots.running_state(
 play("tiled", "online", Problem(Nq=64, D=16, block_q=8, block_k=8))
 
 # %% [markdown]
-# *Figure 2. `online` loads a key tile once for each query tile, and uses it while it is there. `tiled` loads it three times.*
+# *Figure 2. `online` loads a key tile once for each query tile, and uses it while it is there. `tiled` loads it three times.
+# (A step is a line in a notebook of bytes, not a time. Compare the bytes.)*
 #
 # ## The order does not matter
 #

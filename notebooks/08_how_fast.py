@@ -7,6 +7,8 @@
 # Before: [07 · The backward kernels](07_flash2_backward.ipynb). Next: [09 · Numerics](09_numerics.ipynb).
 
 # %%
+import math
+
 from flashedu import ladder, plots
 from flashedu.bench import published, show
 from flashedu.bench import record as records
@@ -19,7 +21,8 @@ from flashedu.units import human_bytes, human_seconds
 #
 # Every byte so far was counted by our own machine, or by Triton's interpreter. Both are programs on a CPU. A
 # real card has hardware between its memory and its processors that neither knows: caches, a unit that copies
-# tiles, a compiler that may keep a number in the wrong place. Does the count hold there?
+# tiles (the **TMA**, tensor memory accelerator), a compiler that may put a number in another place. Does the count hold
+# there?
 #
 # ## The theorem
 #
@@ -43,14 +46,14 @@ from flashedu.units import human_bytes, human_seconds
 #
 #     HBM (DRAM)  <── 1 ──>  L2 cache  <── 2 ──>  the SMs, each with its SRAM
 #
-# A GPU has counters in hardware at both places. At 2 it counts what enters and leaves the SMs, wherever it came
+# (Hardware manuals say DRAM, the kind of memory that HBM is.) A GPU has counters in hardware at both places. At 2 it counts what enters and leaves the SMs, wherever it came
 # from. This is the traffic of our kernels' loads and stores, and of the theorem. At 1 it counts what L2 did
 # not have, or could not keep.
 #
 # NVIDIA's profiler, Nsight Compute (`ncu`), reads them. The counter at 2 is called
 # `l1tex__m_xbar2l1tex_read_bytes`, as the wires between L2 and the SMs are the *crossbar*. On a machine with a
-# GPU, `flashedu bench traffic` runs our kernels under it and records what it says. This chapter shows such a
-# record:
+# GPU, `flashedu bench traffic` runs our kernels under it, each with empty caches, and records what it says. This
+# chapter shows such a record:
 
 # %%
 counters = records.latest(kind="traffic", card="H200")
@@ -128,13 +131,12 @@ table(rows)
 # %%
 for row in rows:
     numbers = {value for name, value in row.items() if name != "queries in a tile"}
-    print(f"{row['queries in a tile']:3} queries: {len(numbers)} different number")
+    print(f"{row['queries in a tile']:3} queries, all four equal: {len(numbers) == 1}")
 
 # %% [markdown]
-# To the byte. The model of chapter 01 is not a rough picture of a GPU: for the bytes that enter its
-# processors, it is exact.
+# To the byte: what we count is what the card's SMs take in.
 #
-# The same for all kernels, of which the record also has what the interpreter counted:
+# The same for all kernels, of which the record also has what the interpreter counted. Tiles are queries × keys:
 
 # %%
 fig = plots.predicted_counted_measured(
@@ -143,11 +145,11 @@ fig = plots.predicted_counted_measured(
 )
 
 # %% [markdown]
-# *Figure 1. Sixteen kernels, three counts each. The side of the tile that stays in a program (queries for `flash2` and
-# `dq`, keys for `flash1` and `dkdv`) halves the bytes each time it doubles. The card is within 0.6% of the
-# formula everywhere, and equal to it for `flash2` and `dq`.*
+# *Figure 1. Four kernels at four tile sizes, three counts each. When the side of the tile that stays in a program doubles
+# (queries for `flash2` and `dq`, keys for `flash1` and `dkdv`), the bytes nearly halve. The card is within 0.6% of
+# the formula everywhere, and equal to it for `flash2` and `dq`.*
 #
-# What leaves the SMs is exact too, o and lse, and in the backward dq, dk and dv:
+# Without a mask, what leaves the SMs is exact too: o and lse, and in the backward dq, dk and dv:
 
 # %%
 kernels = ("flash1", "flash2", "flash2 dkdv", "flash2 dq")
@@ -166,8 +168,9 @@ table(
 # %% [markdown]
 # ## Where the card differs, and why
 #
-# The other side of the tile does not matter, a causal mask does not disturb, and then there are four kinds of
-# difference:
+# The other side of the tile does not matter. A causal mask changes nothing for `flash2`'s forward and `dq`: kernel and
+# formula skip the same whole tiles. There are three kinds of difference. Here are examples of each, as the card's
+# count over the formula's:
 
 
 # %%
@@ -178,7 +181,7 @@ def with_tile(runs, block_q, block_k):
 causal = {kernel: measured(kernel, causal=True) for kernel in kernels}
 ragged = measured("flash2", "ragged")
 table(
-    {"what": what} | show.beside_form(run)
+    {"case": what} | show.beside_form(run)
     for what, run in (
         ("causal", with_tile(causal["flash2"], 64, 64)),
         ("causal", with_tile(causal["flash2 dq"], 64, 32)),
@@ -192,22 +195,22 @@ table(
 )
 
 # %% [markdown]
-# - **Causal bands: none.** The kernel skips whole tiles, and so does the formula. Both come out equal.
-# - **An SM has a cache of its own, L1.** What two programs on one SM load at nearly the same time, or what a program loads
-#   again soon, may come from there, and is not counted at 2. `dkdv` loads lse and delta through it, and saves 0.3%
-#   at most. `flash1`, causal, saves up to 2.5%: the last key tiles are seen by a few queries only, and their o is
-#   still in L1 when it comes back. (k, v and q pass L1 by: a copying unit, the TMA, puts their tiles into SRAM.)
-# - **A ragged tail.** 1000 queries are 15 tiles of 64 and one of 40. The TMA delivers 64 rows all the same, the
-#   missing ones filled with zeros, and the counter counts them: 1024 / 1000 = 1.024. What is stored is cut exactly.
-#   (At N = 1023 it is 0.4% more: a row of lse no longer begins at a multiple of 32 bytes, the unit in which L2 is written.)
-# - **Spilled registers.** A thread has 255 registers. What finds no place is put into memory, and that memory
-#   lies beyond L1. `flash1` with tiles of 64 × 256 moves twice what its loads and stores say. So does the store side of
-#   `dkdv` at 128 × 64, although those tiles were the fastest of ten (chapter 07): spilling a little was cheaper
-#   than smaller tiles. No formula from the source code can see this. The counter can.
+# - **Something was loaded twice, and counted once.** An SM has a small cache of its own, **L1**. What comes from there does
+#   not cross place 2. Loads by plain pointers go through it: lse and delta in `dkdv` (0.3% less at most), and o, m and l
+#   in `flash1` (0.5% less, causal 2.5%). Tiles of q, k and v pass it by, as the TMA puts them into SRAM. (The record has no
+#   counter of L1 itself. That L1 serves these loads is our explanation, not a measurement.)
+# - **A ragged tail.** 1000 queries are 15 tiles of 64 and one of 40. The TMA delivers 64 rows all the same, the missing
+#   ones filled with zeros, and the counter counts them: 1024 / 1000 = 1.024, and 1.042 in the causal `dkdv`, whose last
+#   query tile is loaded most often. What is stored is cut exactly. (At N = 1023 a row of lse no longer begins at a multiple
+#   of 32 bytes, the unit in which L2 is written, and 0.4% more leaves the SMs.)
+# - **Spilled registers.** A thread has 255 registers. What finds no place is written to memory, through L1 and L2, and
+#   read back. `flash1` at 64 × 256 takes in 2.2 times what its loads say. `dkdv` at 128 × 64 stores 3.5 times as much,
+#   and reads most of it back from L1: only 1.5% more crosses place 2. Those tiles were still the fastest of nine for this
+#   N (chapter 07). No formula from the source code can see a spill. The compiler reports it, and the counter shows it.
 #
 # ## What memory sees
 #
-# So k and v enter the SMs again and again. Do they come from HBM each time? The counters at 1 say no:
+# In `flash2`, k and v enter the SMs again and again. Do they come from HBM each time? The counters at 1 say no:
 
 # %%
 fig = plots.l2_and_dram(
@@ -217,13 +220,36 @@ fig = plots.l2_and_dram(
 )
 
 # %% [markdown]
-# *Figure 2. On the left the theorem at work: twice the tile, half the bytes. On the right, what reaches HBM: q, k,
-# v and o once, whatever the tile. The programs of one head run at the same time (chapter 06), and their k and v, 256
-# KiB, wait in L2.*
+# *Figure 2. On the left the theorem at work: twice the tile, half the bytes. On the right, with a scale of its own, what
+# reaches HBM: q, k, v and o once, whatever the tile (a little less, as part of o is still in L2 when the kernel ends). The
+# programs of one head run at the same time (chapter 06), and their k and v, 256 KiB, wait in L2.*
 #
-# So on this card, the theorem does not describe HBM. It describes the way from L2 to the SMs. Until when? Until
-# k and v of the heads at work outgrow L2, 60 MiB on an H200. Longer and longer sequences, with tiles of
-# 128 queries:
+# And `flash1`? Its o comes and goes for each key tile:
+
+# %%
+table(
+    {
+        "tile": "{} × {}".format(*run["tile"][:2]),
+        "into the SMs": human_bytes(run["l2_to_sm_bytes"]),
+        "from HBM": human_bytes(run["dram_read_bytes"]),
+        "out of the SMs": human_bytes(run["sm_to_l2_bytes"]),
+        "to HBM": human_bytes(run["dram_write_bytes"]),
+    }
+    for run in measured("flash1")
+)
+
+# %% [markdown]
+# Here HBM sees nearly all of it. Hundreds of programs run at a time, and each keeps an o of 256 KiB waiting: more
+# than L2 holds. So for the first FlashAttention the theorem describes HBM, as the paper says. For the second it
+# describes the way from L2 to the SMs: queries outside is what lets a cache help.
+#
+# Until when? Until k and v of the heads at work outgrow L2, 60 MiB on an H200. Longer and longer sequences of one head,
+# with tiles of 128 queries. Predict the last row: 264 of the 2048 programs run at a time, which makes 8 waves. If the
+# programs of a wave walk over the keys in step, k and v come from HBM once for each wave:
+
+# %%
+waves, k_and_v, q = 2048 / 264, 2 * 262144 * 64 * 2, 262144 * 64 * 2
+print(f"{math.ceil(waves)} waves: {human_bytes(math.ceil(waves) * k_and_v + q)}")
 
 # %%
 long = [case for case in counters.cases("long") if case["B"] == 1]
@@ -232,7 +258,7 @@ table(
         "N": case["N"],
         "k and v of a head": human_bytes(2 * case["N"] * 64 * 2),
         "into the SMs": human_bytes(run["l2_to_sm_bytes"]),
-        "from DRAM": human_bytes(run["dram_read_bytes"]),
+        "from HBM": human_bytes(run["dram_read_bytes"]),
         "q, k, v once": human_bytes(3 * case["N"] * 64 * 2),
     }
     for case in long
@@ -240,13 +266,12 @@ table(
 )
 
 # %% [markdown]
-# With 262,144 tokens, k and v of one head no longer fit L2 beside the rest, and DRAM delivers nearly six times what
-# it must. That is still far from the 128 GiB that the SMs take in: programs that run side by side walk over the keys in
-# step, and one load from DRAM serves many of them.
+# Up to N = 65,536, HBM delivers each tensor once. At 262,144, k and v of one head, 64 MiB, no longer fit L2, and they come
+# 8 times, as predicted: in step. The SMs take in 128 GiB.
 #
 # ## Standard attention on the same card
 #
-# Its S and P are too large for any cache. For the same shape, forward and backward, by the card's counters:
+# Its S and P are too large for any cache. For the same shape, forward and backward, by the card's counters at 1:
 
 
 # %%
@@ -254,7 +279,7 @@ def moved(peer):
     cases = counters.cases("peers", peer=peer, causal=False)
     runs = [run for case in cases for run in case["runs"]]
     dram = sum(run["dram_read_bytes"] + run["dram_write_bytes"] for run in runs)
-    return {"kernels": len(runs), "DRAM, read and written": f"{dram / 1e9:.1f} GB"}
+    return {"kernels": len(runs), "HBM, read and written": f"{dram / 1e9:.1f} GB"}
 
 
 peers = {
@@ -266,19 +291,31 @@ peers = {
 table({"attention": name} | moved(peer) for peer, name in peers.items())
 
 # %% [markdown]
-# The paper has 40.3 GB and 4.4 GB for this shape. PyTorch's standard attention moves less than theirs, and `flash2`
-# half of theirs.
+# The paper has 40.3 GB and 4.4 GB for this shape, on an A100. (SDPA flash adds dq in float32, and copies two tensors before
+# its backward: that is its GB more.)
 #
-# A check of our model: the softmax loads S and stores P, N² numbers of 2 bytes for each head, 2,147,483,648 bytes. What did the card
-# count?
+# Does our model of standard attention, the stage `naive`, hold here too? Forward, kernel by kernel:
 
 # %%
 (standard,) = counters.cases("peers", peer="standard", causal=False, **{"pass": "fwd"})
-(softmax,) = (run for run in standard["runs"] if "softmax" in run["launched"])
-print(f"into the SMs: {softmax['l2_to_sm_bytes']:,}")
-print(f"out of them:  {softmax['sm_to_l2_bytes']:,}")
+_, scores, softmax, output = standard["runs"]  # the first one only scales q
+model = {"scores": scores, "softmax": softmax, "output": output}
+table(
+    {
+        "kernel": name,
+        "naive, read": cost.KERNELS[f"naive {name}"](shape).hbm_read_bytes,
+        "into the SMs": run["l2_to_sm_bytes"],
+        "naive, written": cost.KERNELS[f"naive {name}"](shape).hbm_write_bytes,
+        "out of them": run["sm_to_l2_bytes"],
+    }
+    for name, run in model.items()
+)
 
 # %% [markdown]
+# The softmax is exact: it reads S once and writes P once. The library's products tile as well, so they take q and k
+# in several times, and L2 serves that: chapter 01 counts each tensor of a kernel once, the kindest case. What it said of S
+# and P stands.
+#
 # And the production kernels? They tile too, so we can tell their tiles from their bytes. `SDPA flash` is
 # FlashAttention-2 in CUDA:
 
@@ -292,7 +329,7 @@ for peer in ("sdpa-flash", "sdpa-cudnn"):
     )
 
 # %% [markdown]
-# Both have 128 queries in a tile.
+# In both, k and v come in 8 times for each head, as with 128 queries in a tile.
 #
 # ## So how fast?
 #
@@ -309,42 +346,64 @@ fig = plots.roofline(
 )
 
 # %% [markdown]
-# *Figure 3. FLOPs for each byte that enters the SMs. On the slope, the speed of HBM is the limit.*
+# *Figure 3. FLOPs for each byte that our model counts, which takes them all from HBM. On the slope, the speed of HBM is the
+# limit.*
 #
-# Now predict: is that so? For the paper's shape, with 64 queries in a tile, the least time in this model:
+# Is that so? The record of `flashedu bench` has half of the paper's shape: batch 16, 32 heads. There `flash2` has 64
+# queries and 128 keys in a tile, and its least time in this model is:
 
 # %%
 h200 = gpu("h200")
-form = cost.flash2(shape.replace(block_q=64, block_k=128))
-bound = h200.bound(form, "float16")
+half = Problem(B=16, H=32, Nq=1024, D=64, dtype="bfloat16", block_q=64, block_k=128)
+bound = h200.bound(cost.flash2(half), "bfloat16")
 print(f"bytes at the speed of HBM:  {human_seconds(bound.memory_s)}")
 print(f"arithmetic at its peak:     {human_seconds(bound.compute_s)}")
 
 # %% [markdown]
-# The record of `flashedu bench` has half of this shape: batch 16, 32 heads. The model's bound, and what was measured:
+# Predict the measured time, in µs:
+
+# %%
+my_prediction_us = 600
 
 # %%
 speed = records.latest("speed", card="H200")
 (case,) = speed.cases("speed", D=64, N=1024, causal=False, **{"pass": "fwd"})
-flash2 = next(run for run in case["runs"] if run["peer"] == "flash2")
-half = h200.bound(
-    cost.flash2(Problem(B=16, H=32, Nq=1024, D=64, block_q=64)), "bfloat16"
-)
-print(f"model, memory: {human_seconds(half.memory_s)}")
-print(f"measured:      {human_seconds(flash2['median_s'])}")
+(flash2,) = (run for run in case["runs"] if run["peer"] == "flash2")
+print(f"you said {my_prediction_us} µs; it took {human_seconds(flash2['median_s'])}")
 
 # %% [markdown]
-# The kernel is faster than the bound allows. The bound is right for a machine without L2; an H200 is none. Most bytes
-# come from L2, which is faster than HBM. By what DRAM delivered, 0.5 GB in place of 4.6, memory would be busy for a sixth of
-# the time. So for attention in one kernel the wall of chapter 01 is gone, and the limit is inside the SM: products,
-# exponentials, and how well they overlap.
+# The kernel is faster than the bound allows. The bound is right for a machine without L2; an H200 is none. Of the 2.3 GB
+# that cross place 2, HBM delivers 0.27 GB, for which it needs a sixth of that time. So memory is not the limit.
+#
+# Is it place 2, then? With 128 queries in a tile, half as many bytes enter the SMs. The record of tiles says what that
+# buys:
+
+# %%
+tiles = records.load(records.RESULTS / "tiles_h200_2026-11-23.json")
+(case,) = tiles.cases("forward", D=64, N=1024, causal=False)
+timed = sorted(case["runs"], key=lambda run: run["median_s"])
+table(
+    {
+        "tile": "{} × {}".format(*run["tile"][:2]),
+        "into the SMs": human_bytes(
+            cost.flash2(half.replace(block_q=run["tile"][0])).hbm_read_bytes
+        ),
+        "time": human_seconds(run["median_s"]),
+    }
+    for run in timed[:5]
+)
+
+# %% [markdown]
+# Nothing: the tiles with half the bytes take longer. For attention in one kernel, the wall of chapter 01 is gone, at
+# HBM and behind it. What is left is inside the SM. These records do not say which part of it; chapter 06 named one
+# candidate, the exponentials.
 #
 # For standard attention the wall stands. Its N × N matrices go through DRAM, and no cache helps.
 #
-# ## Beside the peers
+# ## Beside PyTorch's kernels
 #
-# Chapters 06 and 07 showed forward and backward. Here is a whole step of training, at N = 4096 with a causal mask,
-# and what it needs of memory:
+# Chapters 06 and 07 showed forward and backward. Here is a whole step of training, at N = 4096 with a causal mask and batch
+# 4 (32 heads at D = 64, 16 at D = 128), and what it needs of memory:
 
 # %%
 step = records.latest("standard", card="H200")
@@ -367,12 +426,12 @@ fig = plots.memory(
 )
 
 # %% [markdown]
-# *Figure 4. Standard attention passes the memory of the card after N = 8192 in this shape (batch 16, 8 heads, D = 64). Both
-# flash kernels grow with N. `flash2` takes half of what SDPA flash does: it has no float32 sum of dq.*
+# *Figure 4. Standard attention passes the memory of the card after N = 8192 in this shape (batch 16, 8 heads, D = 64). The
+# memory of both flash kernels grows with N. `flash2` takes half of what SDPA flash does.*
 #
 # ## What the papers say, and what we found
 #
-# A time belongs to the card that it was taken on. A ratio may travel. Nine claims, and what our records have of them:
+# A time belongs to the card that it was taken on. A ratio may travel. What the papers claim, and what our records have of it:
 
 # %%
 claims = published.claims("H200")
@@ -380,6 +439,7 @@ table(
     {
         "claim": claim.what,
         "source": claim.source,
+        "note": claim.why,
         "reproduced": claim.reproduced,
     }
     for claim in claims
@@ -387,33 +447,29 @@ table(
 
 # %%
 fig = plots.against_published(
-    claims, "Bytes and memory are reproduced, and more; the highest speeds are not"
+    claims, "Bytes and memory are passed; the highest speeds are not reached"
 )
 
 # %% [markdown]
-# *Figure 5. What follows from the algorithm, bytes and memory, is reached or passed. What depends on how well a chip is
-# used is reached in part, or not.*
+# *Figure 5. The claims of the first paper are passed, by the later algorithm and on a later card. What depends on how well
+# a chip is used is reached in part, or not.*
 #
-# What to know about each:
-
-# %%
-table({"claim": claim.what, "note": claim.why} for claim in claims)
-
-# %% [markdown]
-# - **Time, 5.7 times**: 3.2 without a mask, as PyTorch's standard attention moves fewer bytes than the one that the
-#   paper timed. A causal mask is a kernel more that moves S, and makes it 9.
-# - **3 to 10 times standard**: from 1.7 at N = 512 and D = 128, where S is small beside q, k and v, to 14 at N = 16,384.
+# - **Time, 5.7 times**: 3.2 without a mask, although our bytes fell more than theirs. From their A100 to this H200,
+#   standard attention became 4.7 times as fast and flash 2.6 times (41.7 and 7.3 ms there, for the whole shape). With a
+#   mask, PyTorch adds a slow kernel to each pass, and `flash2` skips tiles: 9.
+# - **3 to 10 times standard**: reached with a mask. Without, standard attention reaches up to 27% of this card's peak, and
+#   1.7 to 4.1 is left.
 # - **flash2 to flash1**: not the same comparison. Our `flash1` has the first paper's loop order and nothing else; their
 #   released code was tuned.
-# - **73% of the peak**: 57% here, and PyTorch's FlashAttention-2 reaches less on this card. Hopper's products are
-#   three times as fast as Ampere's, but only for programs that never wait for one; exponentials did not become faster. FlashAttention-3
-#   was written for that, and a later chapter follows it.
+# - **73% of the peak**: 57% here, and PyTorch's FlashAttention-2 reaches less on this card. An H200 multiplies
+#   matrices three times as fast as an A100, and all else in an SM did not keep pace. FlashAttention-3 was written for
+#   that, and a later chapter follows it.
 #
 # ## Takeaway
 #
-# **Predict from tile sizes, count in the interpreter, measure on the card: for the bytes into the SMs the three are one
-# number. L2 keeps them from HBM, so one kernel of attention is no longer bound by memory. What is left of the distance to
-# the fastest kernels is inside the SM.**
+# **Predict from tile sizes, count in the interpreter, measure on the card: for the bytes that `flash2`'s forward takes into
+# the SMs, the three are one number. L2 keeps most of them from HBM, so it is no longer bound by memory. What is left of the
+# distance to the fastest kernels is inside the SM.**
 #
 # ## Exercises
 #

@@ -13,7 +13,7 @@ def test_a_table_names_its_columns_once_and_aligns_numbers_right():
     shown = notebook.table([{"a": "x", "b": 1234567, "c": True}, {"a": "y", "b": 0, "c": False}])
     assert shown.data.splitlines() == [
         "| a | b | c |",
-        "| --- | ---: | ---: |",
+        "| --- | ---: | --- |",
         "| x | 1,234,567 | yes |",
         "| y | 0 | no |",
     ]

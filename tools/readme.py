@@ -68,7 +68,8 @@ def traffic() -> Figure:
 
 
 def moments() -> Figure:
-    return storyboard([film()])
+    title = "Attention in one pass: 64 tokens, in tiles of eight"
+    return storyboard([film()], [title])
 
 
 @cache

@@ -118,8 +118,8 @@ def beside_form(run: Run) -> dict[str, str]:
     return {
         "kernel": run["kernel"],
         "tile": "{} × {}".format(*run["tile"][:2]),
-        "into the SMs": f"{run['l2_to_sm_bytes'] / form['read']:.4f}",
-        "out of them": f"{run['sm_to_l2_bytes'] / form['written']:.4f}",
+        "in: card / formula": f"{run['l2_to_sm_bytes'] / form['read']:.4f}",
+        "out: card / formula": f"{run['sm_to_l2_bytes'] / form['written']:.4f}",
     }
 
 

@@ -20,15 +20,18 @@ from flashedu.memory.trace import visits
 from flashedu.player.film import Film, Pack, pack
 from flashedu.plots.style import Look, styled
 
+NARROW = 8  # of 100: too narrow a tile for a name of its own
 
-def storyboard(films: Sequence[Film]) -> Figure:
-    """A row of moments and a bar of bytes for each film."""
+
+def storyboard(films: Sequence[Film], titles: Sequence[str] = ()) -> Figure:
+    """A row of moments and a bar of bytes for each film. `titles`: if not the stages' ideas."""
     most = max(film.machine.counted.hbm_bytes for film in films)
     with styled() as look:
         fig = plt.figure(figsize=(9.2, 3.85 * len(films)), layout="none")
         parts = fig.subfigures(len(films), 1, squeeze=False)[:, 0]
-        for part, film in zip(parts, films, strict=True):
-            _board(part, film, most, look)
+        own = [f"{film.stage}: {pack(film)['idea']}" for film in films]
+        for part, film, title in zip(parts, films, titles or own, strict=True):
+            _board(part, film, most, look, title)
     return fig
 
 
@@ -56,20 +59,13 @@ def moments(film: Film, packed: Pack) -> list[int]:
     return [visits(trace)[0].at, large[len(large) // 2], moves[-1]]
 
 
-def _board(fig: Any, film: Film, most: int, look: Look) -> None:
+def _board(fig: Any, film: Film, most: int, look: Look, title: str) -> None:
     packed = pack(film)
     grid = fig.add_gridspec(
         2, 4, height_ratios=(5, 1.15), width_ratios=(1, 1, 1, 1.05), left=0.008, right=0.992,
         top=0.81, bottom=0.05, wspace=0.05, hspace=0.12,
     )  # fmt: skip
-    fig.suptitle(
-        f"{film.stage}: {packed['idea']}",
-        fontsize=11.5,
-        fontweight="bold",
-        x=0.008,
-        y=0.985,
-        ha="left",
-    )
+    fig.suptitle(title, fontsize=11.5, fontweight="bold", x=0.008, y=0.985, ha="left")
     for column, at in enumerate(moments(film, packed)):
         _moment(fig.add_subplot(grid[0, column]), film, packed, at, look)
     _scores(fig.add_subplot(grid[0, 3]), film, look)
@@ -143,16 +139,23 @@ def _chip(ax: Any, film: Film, packed: Pack, live: Sequence[Sequence[Any]], look
     peak = max(event.sram_bytes for event in film.trace)
     if peak:
         held = sum(tile[3] for tile in live)
-        at, names = 3.0, []
+        at = 3.0
+        labels: list[tuple[float, float, str, bool]] = []  # left, right, names, narrow
         for name, _, _, size in live:
             width = 94 * size / peak
             ax.add_artist(Rectangle((at, 10), width, 8, facecolor=packed["tile_colours"][name],
                                    edgecolor=look.ink, linewidth=0.5))  # fmt: skip
+            narrow = width < NARROW
+            if narrow and labels and labels[-1][3]:  # neighbours share a label
+                left, _, names, _ = labels.pop()
+                labels.append((left, at + width, f"{names} {name}", narrow))
+            else:
+                labels.append((at, at + width, name, narrow))
             at += width
-            names.append(name)
-        ax.add_artist(Rectangle((3, 10), 94, 8, facecolor="none", edgecolor=look.ink, linewidth=0.6,
-                               linestyle=(0, (2, 2))))  # fmt: skip
-        ax.text(3, 4.5, " ".join(names), fontsize=7.5, va="center")
+        ax.add_artist(Rectangle((3, 10), 94, 8, facecolor="none", edgecolor=look.ink,
+                               linewidth=0.6, linestyle=(0, (2, 2))))  # fmt: skip
+        for left, right, names, _ in labels:
+            ax.text((left + right) / 2, 4.5, names, fontsize=8, va="center", ha="center")
         ax.text(3, 21, f"SRAM: {held:,} bytes", fontweight="bold", fontsize=9)
         return
     ax.text(3, 21, "SRAM: what is loaded", fontweight="bold", fontsize=9)
