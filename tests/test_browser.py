@@ -21,7 +21,10 @@ import nbformat
 import pytest
 
 from flashedu.memory import Problem
+from flashedu.memory.trace import visits
 from flashedu.player import play
+from flashedu.player.film import Film, Pack
+from flashedu.stages import rung
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tiled", "online")
@@ -78,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(folder: Path) -> str:
+def exported(browser: Any, folder: Path) -> str:
     """The address of the same notebook, run and exported as a page."""
     command = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", "--log-level=ERROR"]
     ran = subprocess.run(
@@ -315,6 +318,114 @@ def test_keys_reach_the_player_only_while_the_focus_is_in_it(tmp_path, new_page)
     assert at(page) == 2
     page.keyboard.press("Control+End")
     assert at(page) == 2
+
+
+# what is drawn at each step, as one reads it off the trace
+
+
+DRAWN = """step => {
+  const root = document.querySelector('[data-flashedu-player]').shadowRoot;
+  const slider = root.querySelector('input');
+  slider.value = step;
+  slider.dispatchEvent(new Event('input'));
+  const all = (selector) => [...root.querySelectorAll(selector)];
+  const memories = root.querySelector('.column svg');
+  const texts = [...memories.querySelectorAll('text')].map((e) => e.textContent);
+  return {
+    moved: texts.filter((text) => /^[↓↑] /.test(text)),
+    tiles: [...memories.querySelectorAll('rect[data-moves]:not(.moves)')].map((e) =>
+      e.matches('.empty') ? 'empty' : e.matches('.rest') ? 'rest' : 'bright'),
+    moving: memories.querySelectorAll('.moves').length,
+    holds: texts.find((text) => text.startsWith('holds')) || '',
+    chip: texts,
+    computed: all('.grid .beside > svg > .cell').map((e) => e.matches('.computed')).slice(0, -1),
+    hatched: all('.grid [fill="url(#hatch-grid)"]').map((e) =>
+      e.getAttribute('visibility') === 'visible'),
+    outline: all('.grid .computing').filter((e) =>
+      e.getAttribute('visibility') === 'visible' && e.closest('.beside > svg')).length,
+    numbers: all('.numbers tbody tr').map((row) => [...row.children].map((e) => e.textContent)),
+    line: all('pre .on i').map((e) => e.textContent),
+  };
+}"""
+
+
+def drawn(film: Film, packed: Pack, step: int) -> dict[str, Any]:
+    """What a page must show just after that event; a head's tiles, and all heads' bytes."""
+    trace, p, event = film.trace[: step + 1], film.problem, film.trace[step]
+    programs, tensors = packed["program"] or [0] * len(film.trace), packed["tensors"]
+    a_head = max(packed["n_programs"] // (p.B * p.H), 1)
+    of_head = [e for e, n in zip(trace, programs, strict=False)
+               if n // a_head == programs[step] // a_head]  # fmt: skip
+    live = packed["lives"][packed["live"][step]]
+    moved, tiles, moving = [], [], 0
+    for tensor in tensors:
+        name = tensor["name"]
+        for op, sign in (("load", "↓"), ("store", "↑")):
+            n = sum(e.hbm_bytes for e in trace if (e.op, e.tensor) == (op, name))
+            moved += [f"{sign} {n:,}"] if n else []
+        for start in range(0, tensor["rows"], tensor["block"]):
+            stop = min(start + tensor["block"], tensor["rows"])
+            here = [e for e in of_head if e.tensor == name and e.start < stop and e.stop > start]
+            moves = event.op != "hold" and bool(here) and here[-1] is event
+            moving += moves
+            loads = [e for e in of_head if (e.op, e.tensor) == ("load", name)]
+            held = any(tile[0] == name for tile in live) and bool(loads) and loads[-1] in here
+            full = tensor["input"] or any(e.op == "store" for e in here)
+            tiles.append(("bright" if held or moves else "rest") if full else "empty")
+    found = visits(of_head)
+    grid = [(i, j) for i in range(0, p.Nq, p.block_q) for j in range(0, p.Nk, p.block_k)]
+    ever = {visit[:2] for visit in visits(film.trace)}
+    cut = [(i, j) for i, j in grid
+           if p.causal and min(j + p.block_k, p.Nk) - 1 > i + p.Nk - p.Nq]  # fmt: skip
+    now = {visit[:2] for visit in found}
+    return {
+        "moved": moved,
+        "tiles": tiles,
+        "moving": moving,
+        "computed": [tile in now for tile in grid],
+        "hatched": [tile in now for tile in cut if tile in ever],
+        "outline": packed["now"][step],
+        "line": [str(event.line)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "p"),
+    [
+        ("naive", Problem(B=2, Nq=5, Nk=9, D=8)),
+        ("tiled", Problem(Nq=20, Nk=13, D=8, block_q=8, block_k=4, causal=True)),
+        ("online", Problem(B=2, H=2, H_kv=1, Nq=17, Nk=24, D=8, block_q=8, block_k=8, causal=True)),
+        ("flash1", Problem(H=2, Nq=33, Nk=20, D=8, block_q=16, block_k=16, causal=True)),
+        ("flash2", Problem(B=2, H=2, H_kv=1, Nq=33, Nk=40, D=8, block_q=16, block_k=16,
+                           causal=True)),
+    ],
+)  # fmt: skip
+def test_each_step_is_drawn_as_the_trace_has_it(stage, p, tmp_path, new_page) -> None:
+    if rung(stage).missing():
+        pytest.skip(rung(stage).missing())
+    player = play(stage, p)
+    (film,), (packed,) = player.films, player.packs
+    player.save(tmp_path / "steps.html")
+    page = new_page((tmp_path / "steps.html").as_uri())
+    for step, event in enumerate(film.trace):
+        got = page.evaluate(DRAWN, step + 1)
+        expected = drawn(film, packed, step)
+        assert {name: got[name] for name in expected} == expected, f"step {step + 1}: {event}"
+        if not rung(stage).is_triton:
+            assert got["holds"].startswith(f"holds {event.sram_bytes:,} byte")
+        for name, n, *cols in packed["lives"][packed["live"][step]]:
+            at = got["chip"].index(name, got["chip"].index("SRAM of one program (small, fast)"))
+            size = f"{n} × {cols[0]}" if cols else f"{n} rows"
+            assert size in got["chip"][at:], f"step {step + 1}: {name}"
+        if film.state and film.state[step]:
+            q = [e for e in film.trace[: step + 1] if (e.op, e.tensor) == ("load", "q")][-1]
+            values = packed["states"][packed["state"][step]]
+            columns = [packed["numbers"][n].split("|") for n in values.values()]
+            for row in range(min(q.stop - q.start, 8)):
+                cells = [cell for column in columns for cell in column[row].split(" ")]
+                assert got["numbers"][row][0] == str(q.start + row)
+                assert [x for x in got["numbers"][row][1:] if x != "·"] == cells
+    assert not page.errors, page.errors
 
 
 def test_what_the_list_and_the_source_do_with_a_key_is_kept_from_the_page(
