@@ -328,7 +328,9 @@ print(f"masked:  {masked} of these, {masked / (share * all_tiles):.0%}")
 
 # %%
 trace = ladder.count("online", long, trace=True).trace
-fig = plots.visits(trace, long, "Nearly half of the tiles are skipped (N = 4096, causal)")
+fig = plots.visits(
+    trace, long, "Nearly half of the tiles are skipped (N = 4096, causal)"
+)
 
 # %% [markdown]
 # *Figure 6. All tiles of one head, in the order in which `online` computes them; `flash2` computes the same ones, the rows

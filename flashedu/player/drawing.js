@@ -62,7 +62,8 @@ function drawMemories(parent, film, frames, stored, most) {
   draw(svg, "text", { class: "soft", x: WIDTH - SIDE, y: 18, "font-size": 10.5,
     "text-anchor": "end" }, "bytes so far: ↓ read, ↑ written");
   draw(svg, "text", { class: "soft", x: SIDE, y: hbm - 6, "font-size": 10.5 },
-    "bright: a copy is on chip; hatched: written; dashed: not yet written");
+    `bright: ${film.triton ? "loaded last" : "a copy is on chip"}; hatched: written; ` +
+    "dashed: not yet written");
 
   let x = SIDE;
   const strips = tensors.map((tensor, i) => {

@@ -83,9 +83,14 @@ class _Watch(list[Event]):
             assert frame.f_back is not None
             frame = frame.f_back
         on_chip = {name for name, _ in event.live}
+        there = [name for name in STATE if name in on_chip and name in frame.f_locals]
+        old = self.seen[-1] if self.seen else {}
+        # One call holds several tiles, one event after another: each shows its own.
+        changed = {event.tensor} if event.op == "hold" and event.tensor in there else set(there)
         self.seen.append({
             name: frame.f_locals[name][0, 0, :STATE_ROWS, :STATE_COLUMNS].tolist()
-            for name in STATE if name in on_chip and name in frame.f_locals
+            if name in changed or name not in old else old[name]
+            for name in there
         })  # fmt: skip
 
 

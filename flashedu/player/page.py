@@ -40,7 +40,7 @@ PAGE = """<!DOCTYPE html>
 <title>%(title)s</title>
 <style>
 :root { color-scheme: light dark; }
-body { max-width: 980px; margin: 1em auto; padding: 0 1em; font-family: system-ui, sans-serif; }
+body { max-width: 1400px; margin: 1em auto; padding: 0 1em; font-family: system-ui, sans-serif; }
 img { max-width: 100%%; }
 </style>
 </head>
