@@ -182,16 +182,23 @@ def _tensor(name: str, trace: Sequence[Event], p: Problem) -> Pack:
 
 
 def _loaded(trace: Sequence[Event]) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
-    """What each program of a Triton kernel has loaded, the last tile of each tensor; no bytes."""
-    found = []
-    loaded: dict[str, tuple[int, ...]] = {}
+    """What each program of a Triton kernel has loaded of the rows it works on; no bytes.
+
+    It works on one tile of queries and one of keys: with the first load from the next, what was
+    loaded of the last is done with.
+    """
+    found: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
+    loaded: dict[str, tuple[int, int]] = {}
     program: tuple[str, int] | None = None
     for event in trace:
         if program != (event.kernel, event.step):
             program, loaded = (event.kernel, event.step), {}
         if event.op == "load":
-            loaded[event.tensor] = (event.stop - event.start,)
-        found.append(tuple(loaded.items()))
+            rows, keys = (event.start, event.stop), ("k", "v")
+            loaded = {name: other for name, other in loaded.items()
+                      if other == rows or (name in keys) != (event.tensor in keys)}  # fmt: skip
+            loaded[event.tensor] = rows
+        found.append(tuple((name, (stop - start,)) for name, (start, stop) in loaded.items()))
     return found
 
 
