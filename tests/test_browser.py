@@ -437,6 +437,24 @@ def test_no_tile_of_the_scores_is_a_mere_line(p, tmp_path, new_page) -> None:
         assert min(float(cell.get_attribute(side)) for side in ("width", "height")) > 8
 
 
+def test_it_speaks_when_it_was_stepped_and_rests(tmp_path, new_page) -> None:
+    """Not as the page is read, which may have ten players, and not while it plays."""
+    play("tiled", P).save(tmp_path / "speaks.html")
+    page = new_page((tmp_path / "speaks.html").as_uri())
+    page.wait_for_timeout(400)
+    page.get_by_role("combobox", name="Speed").select_option("1")
+    page.get_by_role("slider", name="Step").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    page.wait_for_timeout(400)
+    assert page.locator("[role=status]").text_content() == ""
+    page.keyboard.press("Space")
+    page.wait_for_function(
+        "document.querySelector('[data-flashedu-player]').shadowRoot"
+        ".querySelector('[role=status]').textContent.startsWith('Step 1 of')"
+    )
+
+
 def test_what_the_list_and_the_source_do_with_a_key_is_kept_from_the_page(
     tmp_path, new_page
 ) -> None:

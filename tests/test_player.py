@@ -355,8 +355,9 @@ def test_the_moments_of_the_still_are_of_one_head_and_as_the_trace_has_them(
     programs = packed["program"] or [0] * len(trace)
     a_head = max(packed["n_programs"] // (p.B * p.H), 1)
     for ax, n in zip(board.axes, at, strict=False):
+        before = zip(trace[: n + 1], programs, strict=False)
         stored = {
-            (event.tensor, event.start) for event, program in zip(trace[: n + 1], programs, strict=False)
+            (event.tensor, event.start) for event, program in before
             if event.op == "store" and program // a_head == programs[n] // a_head
         }  # fmt: skip
         assert sum(patch.get_hatch() == "////" for patch in ax.patches) == len(stored)

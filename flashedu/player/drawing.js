@@ -228,7 +228,8 @@ function drawGrid(parent, film) {
   const box = element("div", { class: "grid" });
   box.append(element("h4", {}, `S, ${Nq} × ${Nk}: ${inHbm ? "in HBM, as is P" : "never in HBM"}`));
   const LEFT = 18, TOP = 15, MAX = 168, unit = MAX / Math.max(Nq, Nk);
-  const down = Math.min(Math.max(unit, 9 / Math.min(bq, Nq)), MAX / Nq); // no tile is a mere line
+  // no tile is a mere line
+  const down = Math.min(Math.max(unit, 9 / Math.min(bq, Nq)), MAX / Nq);
   const across = Math.min(Math.max(unit, 9 / Math.min(bk, Nk)), MAX / Nk);
   const svg = draw(box, "svg", { viewBox: `0 0 188 ${TOP + Math.max(Nq * down, 46) + 3}`,
     role: "img",
@@ -314,7 +315,8 @@ function drawGrid(parent, film) {
     }
     const begun = frame.visit - frame.firstVisit;
     count.textContent = most === 1 ? "S is one piece"
-      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "") + (heads > 1 ? " of this head" : "");
+      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "") +
+        (heads > 1 ? " of this head" : "");
   };
 }
 
