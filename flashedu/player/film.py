@@ -211,8 +211,7 @@ def _visits_begun(trace: Sequence[Event]) -> list[int]:
 def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any]]]) -> list[int]:
     """At each event: 1 while the last tile of S that was begun is being computed.
 
-    It is done once what it was loaded for has left the chip, or, as a Triton kernel does not tell,
-    once the program turns to other rows or to the result.
+    It is done once what was loaded for it has left the chip, or the program turns to the result.
     """
     found = []
     turns = {visit.at: visit for visit in visits(trace)}
@@ -222,10 +221,7 @@ def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any
             visit, begun = turns[at], event
         elif visit is not None:
             left = begun.tensor not in {name for name, _ in live}
-            elsewhere = event.op != "hold" and event.tensor not in ("k", "v", "s") and (
-                event.start != visit.query
-            )  # fmt: skip
-            if left or elsewhere or event.tensor in ("o", "lse"):
+            if left or event.tensor in ("o", "lse"):
                 visit = None
         found.append(int(visit is not None))
     return found
