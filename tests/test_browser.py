@@ -363,8 +363,9 @@ def drawn(film: Film, packed: Pack, step: int) -> dict[str, Any]:
         for op, sign in (("load", "↓"), ("store", "↑")):
             n = sum(e.hbm_bytes for e in trace if (e.op, e.tensor) == (op, name))
             moved += [f"{sign} {n:,}"] if n else []
-        for start in range(0, tensor["rows"], tensor["block"]):
-            stop = min(start + tensor["block"], tensor["rows"])
+        n, block = (p.Nk, p.block_k) if name in ("k", "v") else (p.Nq, p.block_q)
+        for start in range(0, n, block):
+            stop = min(start + block, n)
             here = [e for e in of_head if e.tensor == name and e.start < stop and e.stop > start]
             moves = event.op != "hold" and bool(here) and here[-1] is event
             moving += moves
@@ -415,7 +416,7 @@ def test_each_step_is_drawn_as_the_trace_has_it(stage, p, tmp_path, new_page) ->
             assert got["holds"].startswith(f"holds {event.sram_bytes:,} byte")
         for name, n, *cols in packed["lives"][packed["live"][step]]:
             at = got["chip"].index(name, got["chip"].index("SRAM of one program (small, fast)"))
-            size = f"{n} × {cols[0]}" if cols else f"{n} rows"
+            size = f"{n} × {cols[0]}" if cols else f"{n} row{'s' if n > 1 else ''}"
             assert size in got["chip"][at:], f"step {step + 1}: {name}"
         if film.state and film.state[step]:
             q = [e for e in film.trace[: step + 1] if (e.op, e.tensor) == ("load", "q")][-1]
@@ -426,6 +427,32 @@ def test_each_step_is_drawn_as_the_trace_has_it(stage, p, tmp_path, new_page) ->
                 assert got["numbers"][row][0] == str(q.start + row)
                 assert [x for x in got["numbers"][row][1:] if x != "·"] == cells
     assert not page.errors, page.errors
+
+
+@pytest.mark.parametrize("p", [Problem(Nq=1, Nk=99, D=8), Problem(Nq=99, Nk=1, D=8)])
+def test_no_tile_of_the_scores_is_a_mere_line(p, tmp_path, new_page) -> None:
+    play("online", p.replace(block_q=16, block_k=16)).save(tmp_path / "thin.html")
+    page = new_page((tmp_path / "thin.html").as_uri())
+    for cell in page.locator(".grid .beside > svg > .cell").all()[:-2]:  # the last tile is a rest
+        assert min(float(cell.get_attribute(side)) for side in ("width", "height")) > 8
+
+
+def test_it_speaks_when_it_was_stepped_and_rests(tmp_path, new_page) -> None:
+    """Not as the page is read, which may have ten players, and not while it plays."""
+    play("tiled", P).save(tmp_path / "speaks.html")
+    page = new_page((tmp_path / "speaks.html").as_uri())
+    page.wait_for_timeout(400)
+    page.get_by_role("combobox", name="Speed").select_option("1")
+    page.get_by_role("slider", name="Step").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    page.wait_for_timeout(400)
+    assert page.locator("[role=status]").text_content() == ""
+    page.keyboard.press("Space")
+    page.wait_for_function(
+        "document.querySelector('[data-flashedu-player]').shadowRoot"
+        ".querySelector('[role=status]').textContent.startsWith('Step 1 of')"
+    )
 
 
 def test_what_the_list_and_the_source_do_with_a_key_is_kept_from_the_page(

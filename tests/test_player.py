@@ -89,14 +89,19 @@ def test_the_tiles_on_chip_are_those_of_the_machine(stage: Rung, p: Problem) -> 
         ]
         assert max(map(len, live)) > 1
         return
-    loaded: set[tuple[int, str]] = set()  # by which program
+    rows: dict[tuple[int, str], tuple[int, int]] = {}  # that a program loaded last
     for event, tiles in zip(shot.trace, live, strict=True):
         if event.op == "load":
-            loaded.add((event.step, event.tensor))
-        assert {name for name, _ in tiles} == {name for at, name in loaded if at == event.step}
-        assert all(len(tile) == 2 for tile in tiles)  # a name and rows; no bytes are known
+            rows[event.step, event.tensor] = event.start, event.stop
+        shown = dict(tiles)  # a name and rows; no bytes are known
+        assert all(stop - start == shown[name] for (at, name), (start, stop) in rows.items()
+                   if at == event.step and name in shown)  # fmt: skip
         if event.op == "load":
-            assert [event.tensor, event.stop - event.start] in tiles
+            assert event.tensor in shown
+        loaded = [{rows[event.step, name] for name in shown if (name in ("k", "v")) == keys}
+                  for keys in (False, True)]  # fmt: skip
+        assert max(map(len, loaded)) <= 1  # one tile of queries, one of keys
+    assert max(map(len, live)) > (5 if stage.name == "flash1" else 2)
 
 
 @every_rung
@@ -117,6 +122,9 @@ def test_each_array_in_hbm_is_as_large_as_what_moves(stage: Rung, p: Problem) ->
         assert row == {heads * tensor["cols"] * item}
         assert tensor["input"] == (name in ("q", "k", "v"))
         assert tensor["colour"] == LIGHT.colour_of(name)
+        block = shot.problem.block_k if name in ("k", "v") else shot.problem.block_q
+        assert tensor["block"] == block
+    assert packed["s_colour"] == LIGHT.tensor["s"]
 
 
 @every_rung
@@ -154,13 +162,16 @@ def test_a_tile_of_the_scores_is_computed_until_the_next_one_or_the_result(
     packed = sent(shoot(stage.name, p))
     begun, now = [0, *packed["visit"]], [0, *packed["now"]]
     moves = [packed["moves"][number] for number in packed["events"]]
-    for before, at, computing, (op, tensor, *_) in zip(
+    for before, at, computing, (op, tensor, start, *_) in zip(
         begun, begun[1:], now[1:], moves, strict=False
     ):
         assert at - before in (0, 1)
         if at > before:
             assert (op, computing) == ("load", 1)
-        if tensor in ("o", "lse"):
+        elsewhere = tensor not in ("k", "v", "s", "p") and op != "hold" and at and (
+            start != packed["visits"][at - 1][0]
+        )  # fmt: skip
+        if tensor in ("o", "lse") or elsewhere:
             assert not computing
     assert begun[-1] == len(packed["visits"])
 
@@ -323,6 +334,58 @@ def test_the_still_tells_what_was_counted(stage: Rung, size: str) -> None:
     assert hatched == counted.hbm_write_bytes
     computed = [tile for tile in scores.patches if to_rgb(tile.get_facecolor()) != (1, 1, 1)]
     assert len(computed) == len({visit[:2] for visit in visits(shot.trace)})
+
+
+@every_rung
+@pytest.mark.parametrize("size", ["causal", "ragged", "heads"])
+def test_the_moments_of_the_still_are_of_one_head_and_as_the_trace_has_them(
+    stage: Rung, size: str
+) -> None:
+    shot = shoot(stage.name, PROBLEMS[size])
+    packed, trace, p = sent(shot), shot.trace, shot.problem
+    (board,) = storyboard([shot]).subfigs
+    titles = [ax.get_title().replace(",", "") for ax in board.axes[:3]]
+    at = [int(re.match(r"step (\d+): ", title)[1]) - 1 for title in titles]
+    moves = [n for n, event in enumerate(trace) if event.op != "hold"]
+    assert (at[0], at[2]) == (visits(trace)[0].at, moves[-1])
+    full = [(trace[n].sram_bytes or len(packed["lives"][packed["live"][n]]), trace[n].hbm_bytes)
+            for n in moves]  # fmt: skip
+    large = [n for n, size in zip(moves, full, strict=True) if size == max(full)]
+    assert abs(sum(n < at[1] for n in large) - sum(n > at[1] for n in large)) <= 1
+    programs = packed["program"] or [0] * len(trace)
+    a_head = max(packed["n_programs"] // (p.B * p.H), 1)
+    for ax, n in zip(board.axes, at, strict=False):
+        before = zip(trace[: n + 1], programs, strict=False)
+        stored = {
+            (event.tensor, event.start) for event, program in before
+            if event.op == "store" and program // a_head == programs[n] // a_head
+        }  # fmt: skip
+        assert sum(patch.get_hatch() == "////" for patch in ax.patches) == len(stored)
+
+
+@every_rung
+@pytest.mark.parametrize("size", ["causal", "ragged", "heads"])
+def test_the_scores_of_the_still_are_those_of_one_head(stage: Rung, size: str) -> None:
+    shot = shoot(stage.name, PROBLEMS[size])
+    p = shot.problem
+    scores = storyboard([shot]).subfigs[0].axes[3]
+    tiles = {visit[:2] for visit in visits(shot.trace)}
+    cut = [(i, j) for i, j in tiles if p.causal and min(j + p.block_k, p.Nk) - 1 > i + p.Nk - p.Nq]
+    masked = [tile for tile in scores.patches
+              if to_rgb(tile.get_facecolor()) == to_rgb(LIGHT.masked)]  # fmt: skip
+    assert len(masked) == len(cut)
+    texts = sorted(text.get_text() for text in scores.texts)
+    if stage.name == "tiled":
+        assert set(texts) == {"3×"}
+    elif stage.name != "naive":
+        assert texts == sorted(str(n) for n in range(1, len(tiles) + 1))
+
+
+def test_a_row_that_has_seen_no_key_has_the_lowest_maximum() -> None:
+    packed = sent(shoot("online", PROBLEMS["more queries than keys"]))
+    first = packed["states"][packed["state"][-1]]
+    assert any("lowest" in text for text in packed["numbers"])
+    assert "lowest" not in packed["numbers"][first["m_i"]]
 
 
 def test_the_still_is_a_wide_picture() -> None:

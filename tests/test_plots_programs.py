@@ -83,6 +83,15 @@ def runs(ax):
     return [(round(box.y0), box.x0, box.x1) for box in boxes], bars.get_facecolors()
 
 
+def test_a_timeline_says_how_long_each_schedule_keeps_the_sms_busy():
+    fig = plots.sm_timeline(
+        {"short": assign([2, 1], 2), "long": assign([6, 1, 1], 2)}, 2, "steps", "Busy"
+    )
+    assert [ax.get_title("left") for ax in fig.axes] == [
+        "short: done at 2, 75% busy", "long: done at 6, 67% busy"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("work", [[], [0, 0]])
 def test_a_timeline_of_no_time_is_refused_in_a_sentence(work):
     with pytest.raises(ValueError, match="a run that takes time, got none in 'b'"):

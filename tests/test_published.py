@@ -51,6 +51,11 @@ def test_ratios_are_those_of_the_records():
     ratio = step["standard"] / step["flash2"]
     assert found["time, standard / flash2, N 1024"].ours[1] == pytest.approx(ratio)
 
+    rates = [run["tflops"] for case in latest("speed", card="H200").cases("speed")
+             for run in case["runs"] if run["peer"] == "flash2"]  # fmt: skip
+    share = max(rates) * 1e12 / 989e12  # of an H200, dense, float16
+    assert found["share of the card's peak, flash2"].ours[0] == pytest.approx(share, rel=1e-3)
+
 
 def without(record, keep):
     """A copy that has only the cases that `keep`, which may also change them."""

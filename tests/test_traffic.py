@@ -3,6 +3,7 @@ the same number: by formula, by running the kernel interpreted, and by the card'
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 
 from flashedu import ladder
 from flashedu.bench import device as devices
-from flashedu.bench import record
+from flashedu.bench import record, show
 from flashedu.memory import Problem, cost
 from flashedu.stages import rung
 from tests.test_bench import Toy, cli_run, shown
@@ -217,6 +218,22 @@ def test_a_launch_that_fails_leaves_neither_range_nor_profiler_open(monkeypatch)
     assert called == ["synchronize", "start", "range_start", "range_end", "stop"]
 
 
+@pytest.mark.parametrize(("factor", "told"), [(1, "ran"), (2, "wrong: o differs")])
+def test_a_kernel_with_a_wrong_result_is_not_profiled(monkeypatch, factor, told):
+    device = Toy()
+    monkeypatch.setattr(traffic, "Profiled", lambda number: device)
+    right = traffic.peer_of(traffic.Case("peers", QUICK[0].problem, "fwd", "standard"))
+
+    def prepare(p, name):
+        attention = right.prepare(p, name)
+        return lambda q, k, v: factor * attention(q, k, v)
+
+    monkeypatch.setattr(traffic, "peer_of", lambda case: traffic.peers.Peer("standard", prepare))
+    case = traffic.Case("peers", QUICK[0].problem, "fwd", "standard")
+    assert traffic.run_one(0, case).startswith(told)
+    assert len(device.waits) == (factor == 1)
+
+
 def test_without_ncu_it_says_so_and_shows_the_recorded_run(capsys, monkeypatch):
     monkeypatch.setattr(devices, "why_not", lambda: None)
     monkeypatch.setenv("PATH", "")
@@ -373,3 +390,20 @@ def test_the_table_of_the_record_fits_a_terminal_and_has_all_ratios():
             if run["kernel"]:
                 assert f" {run['l2_to_sm_bytes'] / run['closed_form']['read']:.4f} " in text
     assert " NO " not in text
+
+
+def test_a_count_that_differs_from_the_closed_form_is_shown(tmp_path):
+    data = copy.deepcopy(RECORDED.data)
+    data["cases"][0]["runs"][0]["counted"]["read"] += 1
+    assert shown(record.Record(tmp_path / "x.json", data), 80).count(" NO ") == 1
+
+
+def test_the_figure_of_l2_and_dram_has_what_the_card_counted():
+    drawn = show.l2_and_dram(RECORDED)
+    runs = [run for case in RECORDED.cases("tiles", peer="flash2", causal=False)
+            for run in case["runs"] if case["pass"] == "fwd"]  # fmt: skip
+    assert [list(row.values()) for row in drawn.values()] == [
+        [run[name] for name in ("l2_to_sm_bytes", "sm_to_l2_bytes", "dram_read_bytes",
+                                "dram_write_bytes")]
+        for run in runs
+    ]  # fmt: skip

@@ -177,7 +177,7 @@ function drawMemories(parent, film, frames, stored, most) {
         fill: colour });
       draw(blocks, "text", { class: "bold", x: x0 + 16, y: y0, "font-size": 11.5 }, name);
       draw(blocks, "text", { x: x0 + 54, y: y0, "font-size": 11.5 },
-        film.triton ? `${n} rows` : `${n} × ${cols}`);
+        film.triton ? `${n} row${n === 1 ? "" : "s"}` : `${n} × ${cols}`);
       if (!film.triton) {
         draw(blocks, "text", { x: x0 + room / 2 - 12, y: y0, "font-size": 11.5,
           "text-anchor": "end" }, bytes(size));
@@ -229,8 +229,9 @@ function drawGrid(parent, film) {
   const box = element("div", { class: "grid" });
   box.append(element("h4", {}, `S, ${Nq} × ${Nk}: ${inHbm ? "in HBM, as is P" : "never in HBM"}`));
   const LEFT = 18, TOP = 15, MAX = 168, unit = MAX / Math.max(Nq, Nk);
-  const down = Math.min(Math.max(unit, 9 / bq), MAX / Nq); // no tile is a mere line
-  const across = Math.min(Math.max(unit, 9 / bk), MAX / Nk);
+  // no tile is a mere line
+  const down = Math.min(Math.max(unit, 9 / Math.min(bq, Nq)), MAX / Nq);
+  const across = Math.min(Math.max(unit, 9 / Math.min(bk, Nk)), MAX / Nk);
   const svg = draw(box, "svg", { viewBox: `0 0 188 ${TOP + Math.max(Nq * down, 46) + 3}`,
     role: "img",
     "aria-label": "the scores in tiles: not yet computed, being computed, computed or skipped" });
@@ -315,7 +316,8 @@ function drawGrid(parent, film) {
     }
     const begun = frame.visit - frame.firstVisit;
     count.textContent = most === 1 ? "S is one piece"
-      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "") + (heads > 1 ? " of this head" : "");
+      : `${begun} of ${most} tiles` + (each > 1 ? `: each ${each} times` : "") +
+        (heads > 1 ? " of this head" : "");
   };
 }
 

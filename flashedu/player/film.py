@@ -187,16 +187,23 @@ def _tensor(name: str, trace: Sequence[Event], p: Problem) -> Pack:
 
 
 def _loaded(trace: Sequence[Event]) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
-    """What each program of a Triton kernel has loaded, the last tile of each tensor; no bytes."""
-    found = []
-    loaded: dict[str, tuple[int, ...]] = {}
+    """What each program of a Triton kernel has loaded of the rows it works on; no bytes.
+
+    It works on one tile of queries and one of keys: with the first load from the next, what was
+    loaded of the last is done with.
+    """
+    found: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
+    loaded: dict[str, tuple[int, int]] = {}
     program: tuple[str, int] | None = None
     for event in trace:
         if program != (event.kernel, event.step):
             program, loaded = (event.kernel, event.step), {}
         if event.op == "load":
-            loaded[event.tensor] = (event.stop - event.start,)
-        found.append(tuple(loaded.items()))
+            rows, keys = (event.start, event.stop), ("k", "v")
+            loaded = {name: other for name, other in loaded.items()
+                      if other == rows or (name in keys) != (event.tensor in keys)}  # fmt: skip
+            loaded[event.tensor] = rows
+        found.append(tuple((name, (stop - start,)) for name, (start, stop) in loaded.items()))
     return found
 
 
@@ -209,8 +216,7 @@ def _visits_begun(trace: Sequence[Event]) -> list[int]:
 def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any]]]) -> list[int]:
     """At each event: 1 while the last tile of S that was begun is being computed.
 
-    It is done once what it was loaded for has left the chip, or, as a Triton kernel does not tell,
-    once the program turns to other rows or to the result.
+    It is done once what was loaded for it has left the chip, or the program turns to the result.
     """
     found = []
     turns = {visit.at: visit for visit in visits(trace)}
@@ -220,10 +226,7 @@ def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any
             visit, begun = turns[at], event
         elif visit is not None:
             left = begun.tensor not in {name for name, _ in live}
-            elsewhere = event.op != "hold" and event.tensor not in ("k", "v", "s") and (
-                event.start != visit.query
-            )  # fmt: skip
-            if left or elsewhere or event.tensor in ("o", "lse"):
+            if left or event.tensor in ("o", "lse"):
                 visit = None
         found.append(int(visit is not None))
     return found

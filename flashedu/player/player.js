@@ -226,7 +226,6 @@ function mount(host, films, css) {
   root.append(element("style", {}, css), player);
   dress("play", "Play");
   show();
-  say();
 }
 
 // JupyterLab and its exported pages say what they are; elsewhere the reader's system does. A player
