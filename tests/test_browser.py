@@ -437,6 +437,26 @@ def test_no_tile_of_the_scores_is_a_mere_line(p, tmp_path, new_page) -> None:
         assert min(float(cell.get_attribute(side)) for side in ("width", "height")) > 8
 
 
+def test_a_player_that_is_taken_away_while_it_plays_stops(tmp_path, new_page) -> None:
+    (tmp_path / "stops.html").write_text(f"<body>{play('tiled', P).html}", encoding="utf-8")
+    page = new_page((tmp_path / "stops.html").as_uri())
+    page.evaluate(
+        """() => {
+          const set = window.setInterval;
+          window.ticks = 0;
+          window.setInterval = (f, ms) => set(() => { window.ticks += 1; f(); }, ms);
+        }"""
+    )
+    page.get_by_role("combobox", name="Speed").select_option("16")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("window.ticks > 1")
+    page.evaluate("document.querySelector('[data-flashedu-player]').remove()")
+    page.wait_for_timeout(200)
+    ticks = page.evaluate("window.ticks")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.ticks") == ticks < steps()
+
+
 def test_it_speaks_when_it_was_stepped_and_rests(tmp_path, new_page) -> None:
     """Not as the page is read, which may have ten players, and not while it plays."""
     play("tiled", P).save(tmp_path / "speaks.html")

@@ -219,16 +219,14 @@ def _computing(trace: Sequence[Event], on_chip: Sequence[Iterable[tuple[str, Any
     It is done once what was loaded for it has left the chip, or the program turns to the result.
     """
     found = []
-    turns = {visit.at: visit for visit in visits(trace)}
-    visit, begun = None, trace[0]
+    turns = {visit.at for visit in visits(trace)}
+    computing, begun = False, trace[0]
     for at, (event, live) in enumerate(zip(trace, on_chip, strict=True)):
         if at in turns:
-            visit, begun = turns[at], event
-        elif visit is not None:
-            left = begun.tensor not in {name for name, _ in live}
-            if left or event.tensor in ("o", "lse"):
-                visit = None
-        found.append(int(visit is not None))
+            computing, begun = True, event
+        elif begun.tensor not in {name for name, _ in live} or event.tensor in ("o", "lse"):
+            computing = False
+        found.append(int(computing))
     return found
 
 
