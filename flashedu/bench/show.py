@@ -254,11 +254,11 @@ def _traffic(record: Record) -> Iterator[RenderableType]:
                     PEERS[case["peer"]], case["pass"], MASKS[case["causal"]], name[:24],
                     *(_mib(run[counter]) for counter in _COUNTERS),
                 )  # fmt: skip
-    yield Text("\nOthers, kernel by kernel, MiB", "bold")
+    yield Text("\nAll peers as users call them, kernel by kernel, MiB", "bold")
     yield table
     for case in record.data["cases"]:
         if case["why"]:
-            yield Text(f"{case['peer']}, {case['pass']}, N {case['N']}: {case['why']}")
+            yield Text(f"{PEERS[case['peer']]}, {case['pass']}, N {case['N']}: {case['why']}")
 
 
 def _mib(n_bytes: int) -> str:

@@ -253,14 +253,18 @@ def _profile(
             errors="replace", env={**os.environ, "LC_ALL": "C"},  # numbers as 1,234 or 1234
         ) as ran:  # fmt: skip
             said = []
-            for line in ran.stdout or ():
-                number, _, rest = line.rstrip("\n").partition("\t")
-                if number.isdigit() and rest:
-                    on_case(int(number), len(wanted), str(wanted[int(number)]))
-                    if rest != "ran":
-                        why[int(number)] = rest
-                else:
-                    said.append(line)
+            try:
+                for line in ran.stdout or ():
+                    number, _, rest = line.rstrip("\n").partition("\t")
+                    if number.isdigit() and rest:
+                        on_case(int(number), len(wanted), str(wanted[int(number)]))
+                        if rest != "ran":
+                            why[int(number)] = rest
+                    else:
+                        said.append(line)
+            except BaseException:  # such as Ctrl-C: ncu does not stay behind
+                ran.terminate()
+                raise
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         if failed := failure(text, "".join(said), ran.returncode):
             raise Unreadable(failed)

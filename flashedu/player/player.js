@@ -228,22 +228,25 @@ function mount(host, films, css) {
   show();
 }
 
-// JupyterLab and its exported pages say what they are; elsewhere the reader's system does. A player
-// that is gone, as its cell ran again, is held by none of this.
+// JupyterLab, its exported pages and VS Code say what they are; elsewhere the reader's system does. A
+// player that is gone, as its cell ran again, is held by none of this.
 function followTheme(player) {
   const held = new WeakRef(player), prefers = window.matchMedia("(prefers-color-scheme: dark)");
-  const name = "data-jp-theme-light", observer = new MutationObserver(show);
+  const lab = "data-jp-theme-light", code = "data-vscode-theme-kind"; // VS Code says "vscode-dark"
+  const observer = new MutationObserver(show);
   function show() {
-    const light = document.body.getAttribute(name), alive = held.deref();
+    const light = document.body.getAttribute(lab), kind = document.body.getAttribute(code);
+    const alive = held.deref();
     if (alive) {
-      alive.classList.toggle("dark", light === null ? prefers.matches : light === "false");
+      const dark = light !== null ? light === "false" : kind ? /dark|high-contrast$/.test(kind) : null;
+      alive.classList.toggle("dark", dark ?? prefers.matches);
     } else {
       observer.disconnect();
       prefers.removeEventListener("change", show);
     }
   }
   prefers.addEventListener("change", show);
-  observer.observe(document.body, { attributes: true, attributeFilter: [name] });
+  observer.observe(document.body, { attributes: true, attributeFilter: [lab, code] });
   show();
 }
 
