@@ -177,7 +177,7 @@ def test_a_case_of_which_ncu_counted_nothing_says_so(capsys, ncu, tmp_path):
     assert code == 0
     for case in record.load(tmp_path / "x.json").data["cases"]:
         assert case["why"] == (None if case["runs"] else "ncu counted no launch of it")
-    assert "sdpa-cudnn, bwd, N 256: ncu counted no launch of it" in out
+    assert "SDPA cuDNN, bwd, N 256: ncu counted no launch of it" in out
 
 
 def test_a_pass_of_which_ncu_counted_some_kernels_only_says_which_it_lacks(capsys, ncu, tmp_path):
