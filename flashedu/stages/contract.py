@@ -12,6 +12,7 @@ import numpy as np
 from flashedu.memory.problem import Problem
 
 MAX_D = 256
+MAX_SPLITS = 1024
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -25,6 +26,7 @@ def check(
     scale: float | None,
     block_q: int | None = 128,
     block_k: int | None = 64,
+    splits: int | None = None,
     machine: Any = None,
 ) -> tuple[Problem, float]:
     """Check the arguments of a stage; return their sizes and the scale.
@@ -69,6 +71,8 @@ def check(
     if rung(stage).tile_sizes:
         _check_tile_size(rung(stage), "block_q", block_q)
         _check_tile_size(rung(stage), "block_k", block_k)
+    if splits is not None:
+        _check_splits(splits)
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -80,7 +84,7 @@ def check(
 
     problem = Problem(
         B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=bool(causal),
-        block_q=int(block_q or 128), block_k=int(block_k or 64),
+        block_q=int(block_q or 128), block_k=int(block_k or 64), splits=int(splits or 1),
     )  # fmt: skip
     return problem, float(scale)
 
@@ -95,6 +99,25 @@ def _check_tile_size(rung: Any, name: str, block: Any) -> None:
     if rung.is_triton:
         wanted = f"None, or one of {', '.join(map(str, rung.tile_sizes))}, for stage '{rung.name}'"
     raise (ValueError if is_integer else TypeError)(f"{name} must be {wanted}, got {block!r}")
+
+
+def _check_splits(splits: Any) -> None:
+    is_integer = isinstance(splits, numbers.Integral) and not isinstance(splits, bool)
+    if not (is_integer and 1 <= splits <= MAX_SPLITS):
+        raise (ValueError if is_integer else TypeError)(
+            f"splits must be None, or an integer of 1 to {MAX_SPLITS}, got {splits!r}"
+        )
+
+
+def refuse_gradients(stage: str, *inputs: Any) -> None:
+    """Raise ValueError, with a sentence, if gradients of the inputs would be asked for."""
+    import torch
+
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"q, k and v must not require gradients for stage '{stage}', which has no backward: "
+            "detach them, or take stage 'flash2'"
+        )
 
 
 def _finite(x: Any) -> bool:
