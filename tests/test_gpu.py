@@ -149,7 +149,7 @@ def test_long_sequences_are_right(N: int, D: int, causal: bool) -> None:
     assert not got.dq[:, :, :-32].any()
 
 
-@pytest.mark.parametrize("stage", ["flash1", "flash2"])
+@pytest.mark.parametrize("stage", ["flash1", "flash2", "decode"])
 def test_tensors_of_more_than_2_to_the_31_elements_are_right(stage: str) -> None:
     """The last head lies beyond what 32 bits can address, in each tensor."""
     B, H, N, D = 17, 128, 8192, 128
@@ -169,6 +169,66 @@ def test_more_heads_than_a_grid_is_high_are_right() -> None:
     q, k, v, do = drawn(p)
     got = run("flash2", q, k, v, do)
     assert_right(Reference(*(x[-1:] for x in got)), *(x[-1:] for x in (q, k, v, do)))
+
+
+# few queries, a long cache
+
+
+def cache(B: int, Nq: int, Nk: int) -> tuple[torch.Tensor, ...]:
+    """16 heads on 2 key heads, D 128; a peaked softmax."""
+    (q,), (k, v) = random(1, B, 16, Nq, 128), random(2, B, 2, Nk, 128)
+    return 3 * q, k, v
+
+
+def decoded(q, k, v, **options) -> Reference:
+    return Reference(*rung("decode").load().attention_with_lse(q, k, v, **options))
+
+
+@pytest.mark.parametrize("Nk", [1, 63, 8192, 8193, 100_003, 131_072])
+@pytest.mark.parametrize("Nq", [1, 3, 20])
+@pytest.mark.parametrize("B", [1, 8])
+def test_decoding_from_a_long_cache_is_right(B: int, Nq: int, Nk: int) -> None:
+    inputs = cache(B, Nq, Nk)
+    assert_right(decoded(*inputs, causal=True), *inputs, causal=True)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 64, 65, 200, 1024])
+def test_the_merge_is_right_in_one_step_and_in_many(splits: int) -> None:
+    """At D 128 a step takes 64 splits."""
+    inputs = cache(2, 1, 30_000)
+    assert_right(decoded(*inputs, splits=splits), *inputs)
+
+
+def test_decode_gives_the_same_bits_each_time() -> None:
+    inputs = cache(1, 1, 50_000)
+    first = decoded(*inputs)
+    for _ in range(5):
+        again = decoded(*inputs)
+        assert torch.equal(again.o, first.o)
+        assert torch.equal(again.lse, first.lse)
+
+
+def test_a_cuda_graph_replays_decode() -> None:
+    inputs = cache(1, 1, 20_000)
+    want = decoded(*inputs).o  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = decoded(*inputs).o
+    o.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, want)
+
+
+def test_decode_on_a_card_makes_as_many_programs_as_it_can_run() -> None:
+    from flashedu.stages import triton_mode
+    from flashedu.stages.decode_tiles import PROGRAMS_PER_SM, splits_for_call, tile_for_call
+
+    q, k, _ = cache(1, 1, 2**17)
+    p = Problem(H=16, H_kv=2, Nq=1, Nk=k.shape[2], D=128, dtype="bfloat16")
+    programs = 2 * splits_for_call(q, p, tile_for_call(q, p, None, None))
+    slots = PROGRAMS_PER_SM * triton_mode.sm_count(q.device)
+    assert 0.9 * slots <= programs <= 2 * slots
 
 
 @pytest.mark.parametrize("D", [7, 64, 128, 256])
