@@ -38,6 +38,7 @@ UNITS = {  # of each card, for float16
     (12, 0): {"mma.sync"},
 }
 NO_PRODUCT = ("delta_kernel", "merge_kernel")
+FEW_ROWS = ("decode_kernel", "paged_kernel")
 HALF, SINGLE = ("float16",), ("float32",)
 WANTED = [  # compiled by the tests; the record has the rest
     *compiled.cases([(9, 0), (10, 0)], (64, 128), HALF),
@@ -50,6 +51,7 @@ KERNELS = {
     "flash1": {"forward_kernel"},
     "flash2": {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"},
     "decode": {"decode_kernel", "merge_kernel"},
+    "paged": {"paged_kernel", "merge_kernel"},
 }
 
 
@@ -84,7 +86,7 @@ def test_float16_uses_the_matrix_units_of_its_card(
     for found in [*kernels, *recorded]:
         if found.case.dtype == "float16" and found.kernel not in NO_PRODUCT:
             units = UNITS[found.case.capability]
-            if found.kernel == "decode_kernel" and units != {None}:
+            if found.kernel in FEW_ROWS and units != {None}:
                 units = {"mma.sync"}  # the newer units want 64 rows, and its tile has 16
             assert found.matrix_instruction in units, found
 
@@ -99,7 +101,7 @@ def test_tiles_come_while_others_are_used(
         if (
             found.case.dtype == "float16"
             and found.case.stage != "flash1"
-            and found.kernel in ("forward_kernel", "dq_kernel", "decode_kernel")
+            and found.kernel in ("forward_kernel", "dq_kernel", *FEW_ROWS)
             and card >= (8, 0)
             and D >= 64  # smaller tiles have less than 16 bytes for each thread
         ):
@@ -124,13 +126,13 @@ def test_spills_are_few_where_tiles_are_tuned_and_bounded_elsewhere(
         assert found.spilled_bytes <= most, found
 
 
-def test_decode_fits_twice_on_an_sm_of_a_hopper_card_and_spills_nothing(
+def test_decoding_fits_twice_on_an_sm_of_a_hopper_card_and_spills_nothing(
     kernels: list[Compiled],
 ) -> None:
     """As its number of splits takes for granted."""
     for found in kernels:
         case = found.case
-        if (found.kernel, case.capability, case.dtype) == ("decode_kernel", (9, 0), "float16"):
+        if found.kernel in FEW_ROWS and (case.capability, case.dtype) == ((9, 0), "float16"):
             assert found.programs_per_sm(gpu("h200")) >= PROGRAMS_PER_SM
             assert found.spilled_bytes == 0
 

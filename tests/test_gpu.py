@@ -232,6 +232,56 @@ def test_decode_on_a_card_makes_as_many_programs_as_it_can_run() -> None:
     assert 0.9 * slots <= programs <= 2 * slots
 
 
+# a paged cache
+
+
+def pages_of(x: torch.Tensor, lengths: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, (B, heads, N, D), in pages in a drawn order, and the block table; NaN behind each end."""
+    B, heads, N, D = x.shape
+    most = -(-N // size)
+    order = torch.randperm(B * most, generator=torch.Generator().manual_seed(1)).to(x.device)
+    rows = x.new_full((B, heads, most * size, D), torch.nan)
+    for b, n in enumerate(lengths):
+        rows[b, :, :n] = x[b, :, :n]
+    pages = torch.empty_like(rows).reshape(B * most, heads, size, D)
+    pages[order] = rows.reshape(B, heads, most, size, D).transpose(1, 2).flatten(0, 1)
+    return pages, order.to(torch.int32).reshape(B, most)
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize("Nq", [1, 3, 20])
+@pytest.mark.parametrize("check", [True, False])
+def test_decoding_from_pages_is_right(size: int, Nq: int, check: bool) -> None:
+    from flashedu.stages import paged
+
+    lengths = [20_000, 1, 0, 4097]
+    q, k, v = cache(4, Nq, 20_000)
+    (k_pages, table), (v_pages, _) = (pages_of(x, lengths, size) for x in (k, v))
+    on_card = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    o, lse = paged.attention_with_lse(q, k_pages, v_pages, table, on_card, check=check)
+    for b, n in enumerate(lengths):
+        one = (slice(b, b + 1),)
+        inputs = q[one], k[one][:, :, :n], v[one][:, :, :n]
+        assert_right(Reference(o[one], lse[one]), *inputs, causal=True)
+
+
+def test_a_cuda_graph_replays_paged_decoding_of_other_lengths() -> None:
+    from flashedu.stages import paged
+
+    q, k, v = cache(2, 1, 5000)
+    (k_pages, table), (v_pages, _) = (pages_of(x, [5000, 5000], 64) for x in (k, v))
+    lengths = torch.tensor([5000, 4000], dtype=torch.int32, device="cuda")
+    call = (q, k_pages, v_pages, table, lengths)
+    paged.attention(*call, check=False)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = paged.attention(*call, check=False)
+    lengths.copy_(torch.tensor([7, 4999]))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, paged.attention(*call, check=False))
+
+
 @pytest.mark.parametrize("D", [7, 64, 128, 256])
 def test_flash2_gives_the_same_bits_each_time(D: int) -> None:
     inputs = drawn(P.replace(D=D, Nq=300, Nk=500))

@@ -42,6 +42,16 @@ def tile_for_call(q: Any, p: Problem, block_q: int | None, block_k: int | None) 
     return tile.sized(block_q, block_k)
 
 
+def in_pages(tile: Tile, page_size: int) -> Tile:
+    """The same for keys in pages: a tile lies in one page.
+
+    A page number is loaded before its tile can be, and the compiler spreads its stages over both
+    loads: 4 stages have one tile on its way, 6 have two. With 3 nothing changes.
+    """
+    stages = tile.stages + 2 if tile.stages > 3 else tile.stages
+    return tile._replace(block_k=min(tile.block_k, page_size), stages=stages)
+
+
 def splits_for(slots: int, parts: int, Nk: int, block_k: int) -> int:
     """So many splits that programs fill the card, in whole waves.
 
