@@ -16,7 +16,7 @@ from flashedu.stages.flash2_tiles import LARGE, MIDDLE, Tile
 # Never timed on any card.
 TILE_BYTES = 16 * 2**10
 PROGRAMS_PER_SM = 2
-MIN_KEYS = 256  # of a split: with fewer, its o is more than 1/16 of its k and v
+MIN_KEYS = 256  # of a split: o of 8 heads, written and read, is then 1/16 of k and v in 16 bits
 
 MERGED_VALUES = 8192  # of o that a merging program holds: 64 a thread
 
@@ -25,8 +25,10 @@ INTERPRETED_SPLITS = 3  # few programs, as each costs some ms; but some to merge
 
 
 def tile_for(capability: tuple[int, int] | None, columns: int, item_bytes: int, rows: int) -> Tile:
-    """`capability` is None where kernels are interpreted. `columns`: D, rounded up as in kernels.
-    `rows`: queries times the query heads that share a key head."""
+    """How the kernel is cut, never timed, for a card's compute capability; None: interpreted.
+
+    `columns`: D, rounded up as in kernels. `rows`: queries times the query heads of a key head.
+    """
     largest = 64 if item_bytes == 2 and columns <= 128 else 16  # more does not fit, or spills
     block_q = min(largest, max(16, 1 << (rows - 1).bit_length()))
     if capability is None:
