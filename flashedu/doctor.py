@@ -379,10 +379,10 @@ def read_nvidia_smi(text: str) -> tuple[Card, ...]:
 
 
 def _this_ladder() -> tuple[tuple[str, str, str | None], ...]:
-    from flashedu.stages import LADDER
+    from flashedu.stages import RUNGS
 
     only = "TRITON_INTERPRET=0 only compiles kernels where there is no GPU: unset it"
     return tuple(
         (rung.name, rung.framework, only if rung.is_triton and _compile_only() else rung.missing())
-        for rung in LADDER
+        for rung in RUNGS
     )

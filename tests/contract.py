@@ -39,6 +39,7 @@ class Subject:
     attention: Callable[..., Array]
     attention_with_lse: Callable[..., tuple[Array, Array]] | None = None
     device: str = "cpu"
+    splits: bool = False
 
     @classmethod
     def of(cls, rung: Rung, module: ModuleType | None = None, device: str = "cpu") -> Subject:
@@ -47,6 +48,7 @@ class Subject:
         return cls(
             rung.name, rung.framework, rung.dtypes, rung.tile_sizes, rung.lse, rung.backward,
             module.attention, getattr(module, "attention_with_lse", None), device,
+            rung.splits,
         )  # fmt: skip
 
     @property
@@ -79,16 +81,17 @@ class Subject:
         return drawn if self.device == "cpu" else tuple(x.to(self.device) for x in drawn)
 
     def fitted(self, p: Problem) -> Problem:
-        """`p` with the next larger tiles that the rung can take."""
+        """`p` with the next larger tiles that the rung can take; keys in three parts, if in any."""
         if not self.tile_sizes:
             return p
+        if self.splits:
+            p = p.replace(splits=3)
         fit = {name: next(size for size in self.tile_sizes if size >= min(block, 64))
                for name, block in (("block_q", p.block_q), ("block_k", p.block_k))}  # fmt: skip
         return p if self.any_tiles else p.replace(**fit)
 
     def tiles_of(self, p: Problem) -> dict[str, int]:
-        p = self.fitted(p)
-        return {"block_q": p.block_q, "block_k": p.block_k} if self.tile_sizes else {}
+        return rung(self.name).tiles_of(self.fitted(p))
 
     def assert_right(self, p: Problem, inputs: tuple[Array, ...], what: str, **options: Any):
         """Run, and hold the results named in `what` against float64."""
@@ -696,4 +699,11 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
         for name, block in itertools.product(("block_q", "block_k"), wrong_sizes):
             add(f"{name} = {block}", {name: block}, ValueError, f"{name} must", wanted,
                 f"got {block}")  # fmt: skip
+    if subject.splits:
+        for splits in (2.5, True, "3"):
+            add(f"splits = {splits!r}", {"splits": splits}, TypeError, "splits must", "None",
+                f"got {splits!r}")  # fmt: skip
+        for splits in (0, -1, contract.MAX_SPLITS + 1):
+            add(f"splits = {splits}", {"splits": splits}, ValueError, "splits must", "1 to",
+                f"got {splits}")  # fmt: skip
     return found

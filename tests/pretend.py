@@ -12,6 +12,8 @@ from flashedu.bench.run import spread, summary
 
 RATE = {"flash2": 520, "flash1": 230, "standard": 60, "sdpa-flash": 330, "sdpa-cudnn": 590,
         "sdpa-efficient": 170, "flex": 380, "sdpa-math": 40}  # fmt: skip
+TB_PER_S = {"decode": 3.6, "flash2": 0.1, "sdpa-flash": 2.9, "sdpa-cudnn": 3.1,
+            "sdpa-efficient": 0.2, "sdpa-math": 0.4, "copy": 4.1}  # fmt: skip
 MEMORY = 141 * 10**9
 HEAD = {
     "kind": "attention", "date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA H200",
@@ -43,20 +45,23 @@ def _case(case: Case, rounds: int, rng: random.Random) -> dict[str, Any]:
     for entry in runs:
         mine = times.get(entry["peer"], [])
         entry["tflops"] = case.flops / entry["median_s"] / 1e12 if mine else None
+        entry["gb_per_s"] = case.bytes / entry["median_s"] / 1e9 if mine else None
         entry["times_as_fast_as"] = {
             other: spread([b / a for a, b in zip(mine, theirs, strict=True)])
             for other, theirs in times.items()
             if mine and other != entry["peer"]
         }
     return {
-        "section": case.section, "B": p.B, "H": p.H, "D": p.D, "dtype": p.dtype,
-        "causal": p.causal, "N": p.Nq, "pass": case.pass_, "mode": case.mode, "flops": case.flops,
-        "seed": 0, "checked": "nothing", "runs": runs,
+        "section": case.section, "B": p.B, "H": p.H, "H_kv": p.H_kv, "Nq": p.Nq, "D": p.D,
+        "dtype": p.dtype, "causal": p.causal, "N": p.Nk, "pass": case.pass_, "mode": case.mode,
+        "flops": case.flops, "bytes": case.bytes, "seed": 0, "checked": "nothing", "runs": runs,
     }  # fmt: skip
 
 
 def _seconds(case: Case, name: str) -> float:
     p = case.problem
+    if case.section == "decode":
+        return case.bytes / (TB_PER_S[name] * 1e12) + 5e-6
     rate = RATE[name] * p.Nq / (p.Nq + 700) * (0.9 if case.pass_ != "fwd" else 1)
     rate *= 0.85 if p.D == 64 else 1
     rate *= (0.4 if name == "standard" else 0.88) if p.causal else 1

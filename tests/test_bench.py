@@ -436,12 +436,16 @@ def test_every_section_has_its_table_with_its_numbers():
         for entry in case["runs"]:
             if case["section"] == "memory" and entry["extra_bytes"] is not None:
                 assert human_bytes(entry["extra_bytes"]) in text
+            elif case["section"] == "decode":
+                assert f" {entry['gb_per_s']:.0f} " in text
             elif case["section"] == "short":
                 assert f" {human_seconds(entry['median_s'])} " in text
             elif entry["tflops"] is not None:
                 assert f" {entry['tflops']:.3g} " in text
         ours = case["runs"][0]["times_as_fast_as"]
-        for peer in {"sdpa-flash", "sdpa-cudnn"} & set(ours if case["section"] == "speed" else ()):
+        in_columns = case["section"] in ("speed", "decode")
+        beside = {"copy"} if case["section"] == "decode" else {"sdpa-cudnn"}
+        for peer in (beside | {"sdpa-flash"}) & set(ours if in_columns else ()):
             assert f" {ours[peer][0]:.2f} ±" in text
     assert "standard at N 32768: out of memory" in text
     assert "at most 25% of its error budget was used" in " ".join(text.split())
@@ -494,7 +498,7 @@ def test_the_known_names_are_those_of_the_package():
     assert cli.bench.BENCH_PEERS.split(", ") == list(cases.PEERS) == [peer.name for peer in PEERS]
     assert cli.bench.BENCH_PASSES.split(", ") == list(cases.PASSES)
     assert set(cli.bench.GPU_DTYPES.split(", ")) == set(rung("flash2").dtypes)
-    assert set(USUAL) == set(BY_NAME) - {"sdpa-math"}
+    assert set(USUAL) == set(BY_NAME) - {"sdpa-math", "decode", "copy"}
 
 
 # tune

@@ -20,6 +20,7 @@ if rung("flash2").missing():
 
 from flashedu.bench import compiled
 from flashedu.bench.compiled import Case, Compiled
+from flashedu.stages.decode_tiles import PROGRAMS_PER_SM
 from flashedu.stages.flash2_tiles import TABLE, Tile, tiles_for
 
 SRAM_BYTES = {
@@ -36,6 +37,8 @@ UNITS = {  # of each card, for float16
     (10, 0): {"tcgen05.mma"},
     (12, 0): {"mma.sync"},
 }
+NO_PRODUCT = ("delta_kernel", "merge_kernel")
+FEW_ROWS = ("decode_kernel", "paged_kernel")
 HALF, SINGLE = ("float16",), ("float32",)
 WANTED = [  # compiled by the tests; the record has the rest
     *compiled.cases([(9, 0), (10, 0)], (64, 128), HALF),
@@ -47,6 +50,8 @@ WANTED = [  # compiled by the tests; the record has the rest
 KERNELS = {
     "flash1": {"forward_kernel"},
     "flash2": {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"},
+    "decode": {"decode_kernel", "merge_kernel"},
+    "paged": {"paged_kernel", "merge_kernel"},
 }
 
 
@@ -79,8 +84,11 @@ def test_float16_uses_the_matrix_units_of_its_card(
     kernels: list[Compiled], recorded: list[Compiled]
 ) -> None:
     for found in [*kernels, *recorded]:
-        if found.case.dtype == "float16" and found.kernel != "delta_kernel":
-            assert found.matrix_instruction in UNITS[found.case.capability], found
+        if found.case.dtype == "float16" and found.kernel not in NO_PRODUCT:
+            units = UNITS[found.case.capability]
+            if found.kernel in FEW_ROWS and units != {None}:
+                units = {"mma.sync"}  # the newer units want 64 rows, and its tile has 16
+            assert found.matrix_instruction in units, found
 
 
 def test_tiles_come_while_others_are_used(
@@ -91,8 +99,9 @@ def test_tiles_come_while_others_are_used(
         card, D = found.case.capability, found.case.D
         wanted = "cp.async.bulk.tensor" if card >= (9, 0) else "cp.async.cg"
         if (
-            (found.case.stage, found.case.dtype) == ("flash2", "float16")
-            and found.kernel in ("forward_kernel", "dq_kernel")
+            found.case.dtype == "float16"
+            and found.case.stage != "flash1"
+            and found.kernel in ("forward_kernel", "dq_kernel", *FEW_ROWS)
             and card >= (8, 0)
             and D >= 64  # smaller tiles have less than 16 bytes for each thread
         ):
@@ -115,6 +124,17 @@ def test_spills_are_few_where_tiles_are_tuned_and_bounded_elsewhere(
         tuned = (card, dtype) == ((9, 0), "float16") and found.case.D in (64, 128)
         most = 192 if tuned and found.case.stage == "flash2" else 4096
         assert found.spilled_bytes <= most, found
+
+
+def test_decoding_fits_twice_on_an_sm_of_a_hopper_card_and_spills_nothing(
+    kernels: list[Compiled],
+) -> None:
+    """As its number of splits takes for granted."""
+    for found in kernels:
+        case = found.case
+        if found.kernel in FEW_ROWS and (case.capability, case.dtype) == ((9, 0), "float16"):
+            assert found.programs_per_sm(gpu("h200")) >= PROGRAMS_PER_SM
+            assert found.spilled_bytes == 0
 
 
 def test_the_record_is_what_is_compiled_now(

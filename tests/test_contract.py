@@ -6,11 +6,11 @@ import traceback
 
 import pytest
 
-from flashedu.stages import LADDER, Rung, contract
+from flashedu.stages import RUNGS, Rung, contract
 from tests.contract import Bad, Check, Subject, bad_calls, claims, good_call
 
-RUNNABLE = [r for r in LADDER if r.missing() is None]
-QUICK = [r for r in RUNNABLE if not r.is_triton]  # the kernels: test_flash1.py, test_flash2.py
+RUNNABLE = [r for r in RUNGS if r.missing() is None]
+QUICK = [r for r in RUNNABLE if not r.is_triton]  # the kernels: test_flash1.py and on
 CLAIMS = [(r, claim, check) for r in QUICK for claim, check in claims(r).items()]
 BAD_CALLS = [(r, title, bad) for r in RUNNABLE for title, bad in bad_calls(r).items()]
 

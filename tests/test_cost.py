@@ -135,6 +135,39 @@ def test_flash2_counts_its_closed_forms_and_the_bytes_of_online(p: Problem) -> N
     assert_equal(machine, p, cost.flash2(p) + cost.flash2_backward(p))
 
 
+@kernels
+@seldom
+@given(KERNELS, st.integers(1, 5))
+def test_decode_counts_its_closed_forms(p: Problem, splits: int) -> None:
+    p, machine = p.replace(splits=splits), Machine(trace=False)
+    q, k, v, _ = zeros(p, "torch")
+    decode = rung("decode").load()
+    decode.attention(q, k, v, causal=p.causal, **tiles(p), splits=splits, machine=machine)
+    assert_equal(machine, p, cost.decode_forward(p))
+
+
+def test_decode_reads_k_and_v_once_for_all_heads_of_a_group_and_flash2_once_for_each() -> None:
+    p = Problem(H=16, H_kv=2, Nq=1, Nk=8192, D=128, block_q=16, splits=32)
+    kv_bytes = 2 * p.H_kv * p.Nk * p.D * p.item_bytes
+    q_bytes = p.H * p.D * p.item_bytes
+    assert cost.flash2(p).hbm_read_bytes == p.group * kv_bytes + q_bytes
+    assert cost.decode(p).hbm_read_bytes == kv_bytes + p.splits * q_bytes
+    assert cost.decode_forward(p).hbm_bytes < 1.15 * kv_bytes  # the splits' o and lse, too
+
+
+def test_splits_change_what_is_written_and_not_which_keys_are_read() -> None:
+    p = Problem(H=4, H_kv=2, Nq=3, Nk=1000, D=64, causal=True, block_q=16)
+    q_bytes = p.H * p.Nq * p.D * p.item_bytes
+    for splits in (2, 3, 50):
+        more = cost.decode(p.replace(splits=splits)).hbm_read_bytes - cost.decode(p).hbm_read_bytes
+        assert more == (splits - 1) * q_bytes
+
+
+def test_with_many_queries_and_one_split_decode_moves_what_flash2_moves() -> None:
+    p = Problem(Nq=500, Nk=700, D=64, causal=True)
+    assert cost.decode_forward(p) == cost.flash2(p)
+
+
 def tiles(p: Problem) -> dict[str, int]:
     return {"block_q": p.block_q, "block_k": p.block_k}
 
@@ -317,6 +350,7 @@ def test_where_no_tile_fits_the_sentence_says_what_would_help(kernel: str) -> No
         ({"B": -1}, "B must be 0 or more, got -1"),
         ({"D": 0}, "D must be 1 or more, got 0"),
         ({"block_q": 0}, "block_q must be 1 or more, got 0"),
+        ({"splits": 0}, "splits must be 1 or more, got 0"),
         ({"H": 6, "H_kv": 4}, "H must be a multiple of H_kv, got H=6, H_kv=4"),
         ({"dtype": "int8"}, "dtype must be one of float16, .*, got 'int8'"),
     ],

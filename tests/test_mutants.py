@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from flashedu.memory import Problem, machine
-from flashedu.stages import LADDER, rung
+from flashedu.stages import RUNGS, rung
 from flashedu.stages.reference import Reference
 from flashedu.testing import draw, errors
 from tests import contract
@@ -36,6 +36,7 @@ class Mutant:
     new: str
     and_also: tuple[tuple[str, str], ...] = ()  # further words to replace
     gpu_only: bool = False  # the interpreter computes right all the same
+    cpu_only: bool = False  # a card takes all splits of these sizes in one step
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.mistake}"
@@ -365,6 +366,69 @@ MUTANTS = [
            "    some = l_i > 0"),
     Mutant("flash2", "queries that see no key of a tile are read", COUNTED_BACKWARD,
            "first = tl.maximum(0, j - (Nk - Nq)) // BLOCK_Q * BLOCK_Q", "first = 0"),
+    # decode
+    Mutant("decode", "splits are added up, not weighed by their lse", OUTPUTS,
+           "p_j = tl.exp(lse_j - m_new[None, :])", "p_j = 1 + 0 * tl.exp(lse_j - m_new[None, :])"),
+    Mutant("decode", "the merge does not rescale acc", OUTPUTS,
+           "acc_i = alpha[:, None] * acc_i + ", "acc_i = acc_i + ", cpu_only=True),
+    Mutant("decode", "the merge does not rescale l", LSE,
+           "l_i = alpha * l_i + tl.sum(p_j, 0)", "l_i = l_i + tl.sum(p_j, 0)", cpu_only=True),
+    Mutant("decode", "the merge subtracts no maximum", LARGE,
+           "m_new = tl.maximum(m_i, tl.max(lse_j, 0))", "m_new = m_i * 0"),
+    Mutant("decode", "the merge leaves out the last split", OUTPUTS,
+           "exist = (split < splits)[:, None]", "exist = (split < splits - 1)[:, None]"),
+    Mutant("decode", "the merge divides by a sum of 0", BLIND,
+           "    some = l_i > 0  # False for a row that sees no key at all\n"
+           "    o_i = acc_i / tl.where(some, l_i, 1)[:, None]",
+           "    some = l_i > 0\n    o_i = acc_i / l_i[:, None]"),
+    Mutant("decode", "the lse of a split without a key is 0", LSE,
+           'float("-inf"))\n    O.store([b, h * splits', '0.0)\n    O.store([b, h * splits'),
+    Mutant("decode", "the o of a split without a key is NaN", OUTPUTS,
+           "# False for a row that sees no key of this split\n"
+           "    o_i = acc_i / tl.where(some, l_i, 1)[:, None]",
+           "\n    o_i = acc_i / l_i[:, None]"),
+    Mutant("decode", "a split ends a tile too early", OUTPUTS,
+           "tl.minimum(Nk, start + keys_per_split)",
+           "tl.minimum(Nk, start + keys_per_split - BLOCK_K)"),
+    Mutant("decode", "a split ends a key too late", OUTPUTS,
+           "tl.minimum(Nk, start + keys_per_split)", "tl.minimum(Nk, start + keys_per_split + 1)"),
+    Mutant("decode", "keys that do not fill a split are left out", OUTPUTS,
+           "triton.cdiv(triton.cdiv(Nk, tile.block_k), splits) * tile.block_k",
+           "Nk // tile.block_k // splits * tile.block_k"),
+    Mutant("decode", "all splits write in the same place", OUTPUTS,
+           "O.store([b, h * splits + split, i, 0]", "O.store([b, h * splits, i, 0]"),
+    Mutant("decode", "queries of a tile are counted as rows are", OUTPUTS,
+           "queries = rows // GROUP", "queries = rows"),
+    Mutant("decode", "rows head by head, taken for query by query", OUTPUTS,
+           "q.unflatten(1, (H_kv, -1)).transpose(2, 3).flatten(2, 3)",
+           "q.unflatten(1, (H_kv, -1)).flatten(2, 3)"),
+    Mutant("decode", "results unpacked in another order", OUTPUTS,
+           "x.unflatten(2, (-1, group)).transpose(2, 3)", "x.unflatten(2, (group, -1))"),
+    Mutant("decode", "the wrong key head", HEADS,
+           "k_j = K.load([b, h, j, 0])", "k_j = K.load([b, (h + 1) % H_kv, j, 0])"),
+    Mutant("decode", "queries of other groups are packed together", OUTPUTS,
+           "q.unflatten(1, (H_kv, -1)).transpose(2, 3).flatten(2, 3)",
+           "q.unflatten(1, (-1, H_kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)"),
+    Mutant("decode", "the mask is off by one: a key too many", FUTURE,
+           "cols[None, :] <= queries[:, None] + Nk - Nq",
+           "cols[None, :] <= queries[:, None] + Nk - Nq + 1"),
+    Mutant("decode", "the mask is off by one: a key too few", OUTPUTS,
+           "cols[None, :] <= queries[:, None] + Nk - Nq",
+           "cols[None, :] < queries[:, None] + Nk - Nq"),
+    Mutant("decode", "the last key of the last query of a tile is left out", OUTPUTS,
+           "tl.minimum(stop, last + 1 + Nk - Nq)", "tl.minimum(stop, last + Nk - Nq)"),
+    Mutant("decode", "keys that do not exist are seen", OUTPUTS,
+           "visible = (cols < Nk)[None, :]", "visible = (cols < Nk + 256)[None, :]"),
+    Mutant("decode", "acc is not rescaled", OUTPUTS,
+           "acc_i = acc_i * alpha[:, None]", "pass"),
+    Mutant("decode", "no maximum subtracted", LARGE,
+           "m_new = tl.maximum(m_i, tl.max(s_ij, 1))", "m_new = m_i * 0"),
+    Mutant("decode", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "torch.finfo(torch.float32).min)", 'float("-inf"))'),
+    Mutant("decode", "keys that no query of a tile sees are read", COUNTED,
+           "stop = tl.minimum(stop, last + 1 + Nk - Nq)", "pass"),
+    Mutant("decode", "each split reads all keys of those before", COUNTED,
+           "start = split * keys_per_split", "start = split * 0"),
     # what is counted
     Mutant("online", "k is read twice for each tile", COUNTED,
            "k_j, v_j = K.load(j), V.load(j)  # (B, H, block_k, D)",
@@ -390,8 +454,8 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-RUNS_HERE = {r.name for r in LADDER if r.missing() is None}
-KERNELS = {r.name for r in LADDER if r.is_triton}
+RUNS_HERE = {r.name for r in RUNGS if r.missing() is None}
+KERNELS = {r.name for r in RUNGS if r.is_triton}
 COMPILED = KERNELS if torch.cuda.is_available() else set()  # see test_gpu.py
 ON_THE_CPU = [m for m in MUTANTS if m.stage in RUNS_HERE - COMPILED and not m.gpu_only]
 

@@ -16,17 +16,18 @@ import torch
 
 import flashedu
 from flashedu.memory import Machine, cost
-from flashedu.stages import GPU_TILES, LADDER, Rung, naive, online, rung, tiled
+from flashedu.stages import GPU_TILES, LADDER, RUNGS, Rung, naive, online, rung, tiled
 from tests.contract import bits
 
 PACKAGE = Path(flashedu.__file__).parent
 STAGES = PACKAGE / "stages"
 NOT_RUNGS = {
-    "__init__", "contract", "descriptors", "dispatch", "flash2_tiles", "reference", "triton_mode",
+    "__init__", "contract", "decode_tiles", "descriptors", "dispatch", "flash2_tiles", "paged",
+    "reference", "triton_mode",
 }  # fmt: skip
 MAY_USE_THE_ORACLE = ("testing.py", "exercises/", "ladder.py")
 
-every_rung = pytest.mark.parametrize("stage", LADDER, ids=[r.name for r in LADDER])
+every_rung = pytest.mark.parametrize("stage", RUNGS, ids=[r.name for r in RUNGS])
 Q = np.ones((1, 1, 3, 2), np.float32)
 
 
@@ -106,8 +107,8 @@ def test_memory_and_stages_import_nothing_above_them() -> None:
 # the ladder
 
 
-def test_every_stage_is_on_the_ladder_once() -> None:
-    names = [r.name for r in LADDER]
+def test_every_stage_is_a_rung_once() -> None:
+    names = [r.name for r in RUNGS]
     assert len(names) == len(set(names))
     assert set(names) == {path.stem for path in STAGES.glob("*.py")} - NOT_RUNGS
 
@@ -126,6 +127,7 @@ def test_a_rung_is_what_its_module_is(stage: Rung) -> None:
         signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in parameters[3:]
     )
     assert ({"block_q", "block_k"} <= set(parameters)) == bool(stage.tile_sizes)
+    assert ("splits" in parameters) == stage.splits
     assert stage.is_triton == (stage.tile_sizes == GPU_TILES)
     assert hasattr(module, "attention_with_lse") == stage.lse
     if stage.lse:
@@ -139,7 +141,7 @@ def test_a_rung_is_what_its_module_is(stage: Rung) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [r for r in LADDER if r.framework == "torch"], ids=lambda stage: stage.name
+    "stage", [r for r in RUNGS if r.framework == "torch"], ids=lambda stage: stage.name
 )
 def test_a_rung_that_says_it_has_gradients_has_them(stage: Rung) -> None:
     if stage.missing():
@@ -183,7 +185,7 @@ def test_where_triton_does_not_exist_the_sentence_says_so(monkeypatch) -> None:
 
 
 def test_the_closed_forms_know_the_rungs() -> None:
-    assert set(cost.FORWARD) <= {r.name for r in LADDER}
+    assert set(cost.FORWARD) <= {r.name for r in RUNGS}
     assert set(cost.BACKWARD) <= set(cost.FORWARD)
     assert {name.split()[0] for name in cost.KERNELS} == set(cost.FORWARD)
 

@@ -16,8 +16,11 @@ PEERS = {  # name → as a reader knows it
     "sdpa-efficient": "SDPA efficient",
     "flex": "Flex",
     "sdpa-math": "SDPA math",
+    "decode": "decode",
+    "copy": "copy",
 }
-USUAL = tuple(name for name in PEERS if name != "sdpa-math")
+AT_SPEED = tuple(name for name in PEERS if name not in ("decode", "copy"))
+USUAL = tuple(name for name in AT_SPEED if name != "sdpa-math")
 HIDDEN = 2048  # H · D
 PASSES = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
 TIMES_FORWARD = {"fwd": 1.0, "bwd": 2.5, "both": 3.5}  # in FLOPs
@@ -47,9 +50,16 @@ class Case:
             TIMES_FORWARD[self.pass_] * 4 * p.B * p.H * p.Nq * p.Nk * p.D / (2 if p.causal else 1)
         )
 
+    @property
+    def bytes(self) -> int:
+        """What a forward must move: q, k and v to the chip and o back, each once."""
+        p = self.problem
+        return 2 * p.B * (p.H * p.Nq + p.H_kv * p.Nk) * p.D * p.item_bytes
+
     def __str__(self) -> str:
         p = self.problem
-        sizes = f"B {p.B} H {p.H} N {p.Nq} D {p.D} {p.dtype} {MASKS[p.causal]}"
+        N = f"N {p.Nq}" if p.Nq == p.Nk else f"Nq {p.Nq} Nk {p.Nk}"
+        sizes = f"B {p.B} H {p.H} {N} D {p.D} {p.dtype} {MASKS[p.causal]}"
         return f"{self.section}: {self.pass_} {sizes} {self.mode}"
 
 
@@ -63,13 +73,15 @@ class Choice:
     dtype: str = "bfloat16"
     passes: tuple[str, ...] = ("fwd", "bwd")
     tokens: int = 16384  # B · N
-    peers: tuple[str, ...] = USUAL
+    peers: tuple[str, ...] | None = None  # None: those of each section
     quick: bool = False  # small sizes: does it still run?
 
 
 def plan(choice: Choice, sections: tuple[str, ...]) -> list[Case]:
     """The cases of these sections, in their order. A case without a peer is left out."""
     cases = (case for section in sections for case in SECTIONS[section](choice))
+    if choice.peers is None:
+        return list(cases)
     chosen = (
         Case(**{**vars(case), "peers": tuple(x for x in case.peers if x in choice.peers)})
         for case in cases
@@ -89,7 +101,8 @@ def _speed(choice: Choice) -> Iterator[Case]:
         for causal in choice.causal:
             for n in choice.n:
                 for pass_ in choice.passes:
-                    peers = tuple(x for x in choice.peers if x != "flash1" or pass_ == "fwd")
+                    peers = AT_SPEED if choice.peers else USUAL
+                    peers = tuple(x for x in peers if x != "flash1" or pass_ == "fwd")
                     yield Case("speed", shape(choice, n, d, causal), pass_, peers)
 
 
@@ -128,10 +141,20 @@ def _short(choice: Choice) -> Iterator[Case]:
                                    mode)  # fmt: skip
 
 
+def _decode(choice: Choice) -> Iterator[Case]:
+    """One query a head, 16 heads on 2 key heads, and a long cache; `copy` moves as many bytes."""
+    peers = ("decode", "flash2", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "copy")
+    for B in (1,) if choice.quick else (1, 8):
+        for n in (512, 1024) if choice.quick else (2**i for i in range(13, 18)):
+            problem = Problem(B=B, H=16, H_kv=2, Nq=1, Nk=n, D=128, dtype=choice.dtype)
+            yield Case("decode", problem, "fwd", peers)
+
+
 SECTIONS: dict[str, Callable[[Choice], Iterator[Case]]] = {
     "speed": _speed,
     "flash1": _flash1,
     "memory": _memory,
     "standard": _standard,
     "short": _short,
+    "decode": _decode,
 }

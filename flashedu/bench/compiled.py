@@ -205,10 +205,41 @@ def _launch_flash2(q: Any, problem: Problem, tiles: Any) -> None:
     flash2.backward(o, None, q, q, q, o, lse, problem, 1.0, UNCOUNTED, tiles)
 
 
+def _launch_decode(q: Any, problem: Problem, tiles: Any) -> None:
+    """The last query of 8 heads a key head."""
+    from flashedu.stages import decode, triton_mode
+    from flashedu.stages.decode_tiles import tile_for
+    from flashedu.stages.descriptors import columns
+
+    p = problem.replace(Nq=1, H_kv=problem.H // 8)
+    tile = tile_for(triton_mode.capability(q), columns(p.D), p.item_bytes, p.group)
+    kv = q[:, : p.H_kv]
+    decode.forward(q[:, :, -1:], kv, kv, p, 1.0, UNCOUNTED, tile, 64)
+
+
+def _launch_paged(q: Any, problem: Problem, tiles: Any) -> None:
+    """The same, from pages of 64 keys."""
+    import torch
+
+    from flashedu.stages import paged, triton_mode
+    from flashedu.stages.decode_tiles import in_pages, tile_for
+    from flashedu.stages.descriptors import columns
+
+    p, page = problem.replace(Nq=1, H_kv=problem.H // 8), 64
+    tile = tile_for(triton_mode.capability(q), columns(p.D), p.item_bytes, p.group)
+    tile = in_pages(tile, page)
+    kv = q.new_empty(p.Nk // page, p.H_kv, page, p.D)
+    table = q.new_empty(p.B, p.Nk // page, dtype=torch.int32)
+    lengths = q.new_empty(p.B, dtype=torch.int32)
+    paged.forward(q[:, :, -1:], kv, kv, table, lengths, p, 1.0, UNCOUNTED, tile, 64)
+
+
 # stage → what launches all its kernels; q is also k and v
 LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "flash1": _launch_flash1,
     "flash2": _launch_flash2,
+    "decode": _launch_decode,
+    "paged": _launch_paged,
 }
 
 

@@ -27,6 +27,7 @@ class Peer:
     name: str
     prepare: Callable[[Problem, str], Attention]
     backward: bool = True
+    attends: bool = True  # False for a yardstick, whose result is not checked
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -55,7 +56,8 @@ def _sdpa(name: str, backend: Any) -> Peer:
     """PyTorch's own attention, with this backend and no other to fall back on."""
 
     def prepare(p: Problem, device: str) -> Attention:
-        return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=p.causal)
+        options = {"is_causal": p.causal, "enable_gqa": p.group > 1}
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v, **options)
 
     return Peer(name, prepare, around=lambda: sdpa_kernel(backend))
 
@@ -83,6 +85,11 @@ def _flex(p: Problem, device: str) -> Attention:
     return lambda q, k, v: compiled(q, k, v, mask)
 
 
+def _copy(p: Problem, device: str) -> Attention:
+    """As many bytes as k and v hold cross the memory: k is read, and a copy of it is written."""
+    return lambda q, k, v: k.clone()
+
+
 PEERS = (
     _stage("flash2"),
     _stage("flash1"),
@@ -92,4 +99,6 @@ PEERS = (
     _sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
     Peer("flex", _flex),
     _sdpa("sdpa-math", SDPBackend.MATH),
+    _stage("decode"),
+    Peer("copy", _copy, backward=False, attends=False),
 )

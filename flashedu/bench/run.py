@@ -66,6 +66,7 @@ def measure(
         times = seconds.get(name, [])
         entry |= summary(times)
         entry["tflops"] = case.flops / entry["median_s"] / 1e12 if times else None
+        entry["gb_per_s"] = case.bytes / entry["median_s"] / 1e9 if times else None
         entry["times_as_fast_as"] = {
             other: spread([b / a for a, b in zip(times, seconds[other], strict=True)])
             for other in seconds
@@ -73,11 +74,12 @@ def measure(
         }
     return {
         "section": case.section,
-        **{size: getattr(p, size) for size in ("B", "H", "D", "dtype", "causal")},
-        "N": p.Nq,
+        **{size: getattr(p, size) for size in ("B", "H", "H_kv", "Nq", "D", "dtype", "causal")},
+        "N": p.Nk,
         "pass": case.pass_,
         "mode": case.mode,
         "flops": case.flops,
+        "bytes": case.bytes,
         "seed": seed,
         "checked": checked,
         "runs": list(entries.values()),
@@ -93,7 +95,8 @@ def _admit(
         entry = entries[peer.name]
         try:
             attempt = Attempt(peer, case, inputs, device)
-            errors = check.errors(attempt.results())
+            results = attempt.results()
+            errors = check.errors(results) if peer.attends else {}
             entry["errors"] = {name: [_finite(x) for x in error] for name, error in errors.items()}
             entry["why"] = wrong(errors)
             if entry["why"] is None:
@@ -177,7 +180,10 @@ class Check:
         rows = max(64, SCORES_AT_ONCE // max(1, p.Nk))
         self._truths = []
         for b, h in self.heads:
-            q, k, v, do = (x[b : b + 1, h : h + 1] for x in inputs)
+            q, k, v, do = (
+                x[b : b + 1, g : g + 1]
+                for x, g in zip(inputs, (h, h // p.group, h // p.group, h), strict=True)
+            )
             truth = testing.truth(q, k, v, do if gradients else None, causal=p.causal, rows=rows)
             self._truths.append(truth)
 

@@ -40,6 +40,13 @@ def tables(record: Record) -> Iterator[RenderableType]:
     yield from _section(record, "standard", ("pass", "causal"), {"D": _d, "N": _n}, _rate,
                         ("standard", "sdpa-flash"))  # fmt: skip
     yield from _section(record, "short", fwd_bwd, {"N": _n, "by": _mode}, _time, ("sdpa-flash",))
+    yield from _section(record, "decode", ("B",), {"Nk": _n}, _bandwidth,
+                        ("sdpa-flash", "copy"), ours="decode")  # fmt: skip
+    if record.cases("decode"):
+        yield Text(
+            "decode: one query a head, 16 heads on 2 key heads. GB/s of q, k, v and o, each once. "
+            "copy reads k and writes it, as many bytes: 'to copy' is the share of its speed."
+        )
     used = [
         error / budget
         for case in data["cases"]
@@ -51,9 +58,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield Text(
             f"\nBefore it was timed, each result was checked against float64: at most "
             f"{max(used):.0%} of its error budget was used. Speeds are medians. The last columns "
-            f"are flash2's speed over the other's, taken within each round: the median ± half of "
-            f"what lies between the 10th and the 90th percentile. For memory, the other's over "
-            f"flash2's."
+            f"are flash2's speed over the other's, in the section decode that of decode, taken "
+            f"within each round: the median ± half of what lies between the 10th and the 90th "
+            f"percentile. For memory, the other's over flash2's."
         )
 
 
@@ -153,17 +160,18 @@ def _section(
     heads: dict[str, Callable[[Case], str]],
     cell: Callable[[Run], str],
     beside: Sequence[str],
+    ours: str = "flash2",
 ) -> Iterator[RenderableType]:
     """A table for each value of `apart`; a row for each case, a column for each peer.
 
-    The last columns set flash2 beside some of them: how many times as fast, or how much less.
+    The last columns set ours beside some of them: how many times as fast, or how much less.
     """
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in record.cases(section):
         groups.setdefault(tuple(case[name] for name in apart), []).append(case)
     for values, cases in groups.items():
         peers = list(dict.fromkeys(run["peer"] for case in cases for run in case["runs"]))
-        compared = [peer for peer in beside if peer in peers and "flash2" in peers]
+        compared = [peer for peer in beside if peer in peers and ours in peers]
         what = [_WORDS[name](value) for name, value in zip(apart, values, strict=True)]
         yield Text(f"\n{section}: {', '.join([_UNIT[cell], cases[0]['dtype'], *what])}", "bold")
         table = _table()
@@ -175,7 +183,7 @@ def _section(
             table.add_row(
                 *(head(case) for head in heads.values()),
                 *(cell(runs[peer]) if peer in runs else "" for peer in peers),
-                *(_ratio(cell, runs, peer) for peer in compared),
+                *(_ratio(cell, runs[ours], runs[peer]) for peer in compared),
             )
         yield table
         for case in cases:
@@ -269,19 +277,22 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
 
 
-def _ratio(cell: Callable[[Run], str], runs: dict[str, Run], peer: str) -> str:
-    ours, theirs = runs["flash2"], runs[peer]
+def _ratio(cell: Callable[[Run], str], ours: Run, theirs: Run) -> str:
     if cell is _memory:
         both = ours["extra_bytes"] and theirs["extra_bytes"]
         return f"{theirs['extra_bytes'] / ours['extra_bytes']:.1f}" if both else "-"
-    if peer not in ours["times_as_fast_as"]:
+    if theirs["peer"] not in ours["times_as_fast_as"]:
         return "-"
-    middle, low, high = ours["times_as_fast_as"][peer]
+    middle, low, high = ours["times_as_fast_as"][theirs["peer"]]
     return f"{middle:.2f} ±{(high - low) / 2:.2f}"
 
 
 def _rate(run: Run) -> str:
     return "-" if run["tflops"] is None else f"{run['tflops']:.3g}"
+
+
+def _bandwidth(run: Run) -> str:
+    return "-" if run["gb_per_s"] is None else f"{run['gb_per_s']:.0f}"
 
 
 def _time(run: Run) -> str:
@@ -310,10 +321,12 @@ def _mode(case: Case) -> str:
 
 _UNIT: dict[Callable[[Run], str], str] = {
     _rate: "TFLOP/s",
+    _bandwidth: "GB/s",
     _time: "time",
     _memory: "peak memory beyond inputs",
 }
 _WORDS: dict[str, Callable[[Any], str]] = {
+    "B": lambda b: f"B {b}",
     "D": lambda d: f"D {d}",
     "N": lambda n: f"N {n}",
     "causal": lambda causal: MASKS[causal],

@@ -24,8 +24,12 @@ from flashedu.cli.output import print_parts, progress, write
 
 bench = typer.Typer(cls=Group, add_completion=False)
 
-BENCH_SECTIONS = "speed, flash1, memory, standard, short"  # bench.cases, without its imports
-BENCH_PEERS = "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math"
+# bench.cases, without its imports
+BENCH_SECTIONS = "speed, flash1, memory, standard, short, decode"
+BENCH_PEERS = (
+    "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math, "
+    "decode, copy"
+)
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
 
@@ -52,7 +56,7 @@ def _bench(
     tokens: Annotated[int, number("--tokens", "Batches times length.")] = 16384,
     rounds: Annotated[int, _ROUNDS] = 20,
     peers: Annotated[
-        Any, list_of("--peers", f"Of {BENCH_PEERS}; all but the last.", one_of(BENCH_PEERS))
+        Any, list_of("--peers", f"Of {BENCH_PEERS}; those of each section.", one_of(BENCH_PEERS))
     ] = None,
     sections: Annotated[
         Any, list_of("--sections", f"Of {BENCH_SECTIONS}; all.", one_of(BENCH_SECTIONS))

@@ -254,6 +254,41 @@ def flash2(p: Problem) -> Cost:
     )
 
 
+def decode(p: Problem) -> Cost:
+    """The query heads of a group are rows of one tile: k and v pass once for all of them."""
+    w, a, kv_heads, rows = p.item_bytes, p.acc_bytes, p.B * p.H_kv, p.group * p.Nq
+    extra = Cost(hbm_extra_bytes=kv_heads * rows * a)  # lse
+    if _empty(p):
+        return extra
+    results = p.D * w + a  # of a row: o, lse
+    if p.splits > 1:
+        results = p.D * a + a
+        room = -(-p.D // 4) * 4 * a + a  # rows of o begin every 16 bytes
+        extra += Cost(hbm_extra_bytes=kv_heads * p.splits * rows * room)
+    keys = _packed_tiles(p)
+    return extra + Cost(
+        sram_peak_bytes=None,
+        hbm_read_bytes=kv_heads * (p.splits * rows + 2 * int(keys.sum())) * p.D * w,
+        hbm_write_bytes=kv_heads * p.splits * rows * results,
+        flops=2 * kv_heads * int((-(-keys // p.block_k)).sum()) * _tile_flops(p),
+    )
+
+
+def decode_merge(p: Problem) -> Cost:
+    """o and lse of each row, from those of its splits."""
+    w, a, rows = p.item_bytes, p.acc_bytes, p.B * p.H * p.Nq
+    return Cost(
+        sram_peak_bytes=None,
+        hbm_read_bytes=rows * p.splits * (p.D * a + a),
+        hbm_write_bytes=rows * (p.D * w + a),
+    )
+
+
+def decode_forward(p: Problem) -> Cost:
+    """Both kernels of `decode`; one split needs no merge."""
+    return decode(p) if p.splits == 1 or _empty(p) else decode(p) + decode_merge(p)
+
+
 def flash2_delta(p: Problem) -> Cost:
     """delta = rowsum(do ∘ o)."""
     return replace(online_delta(p), sram_peak_bytes=None)
@@ -324,6 +359,18 @@ def _query_tiles(p: Problem) -> tuple[np.ndarray, np.ndarray]:
     return stops - starts, keys
 
 
+def _packed_tiles(p: Problem) -> np.ndarray:
+    """For each tile of packed rows: the rows of all the key tiles that it visits, in all splits.
+
+    A split ends where a tile ends, so splits change no tile. Row r belongs to query r // group.
+    """
+    stops = np.minimum(np.arange(0, p.group * p.Nq, p.block_q) + p.block_q, p.group * p.Nq)
+    last_query = (stops - 1) // p.group
+    everything = np.full_like(stops, p.Nk)
+    seen = np.clip(last_query + 1 + p.Nk - p.Nq, 0, p.Nk) if p.causal else everything
+    return np.minimum(-(-seen // p.block_k) * p.block_k, p.Nk)
+
+
 def _key_tiles(p: Problem) -> tuple[np.ndarray, np.ndarray]:
     """For each key tile: its rows, and the rows of all the query tiles that visit it."""
     starts = np.arange(0, p.Nk, p.block_k)
@@ -352,6 +399,8 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
     "flash2 delta": flash2_delta,
     "flash2 dkdv": flash2_dkdv,
     "flash2 dq": flash2_dq,
+    "decode": decode,
+    "decode merge": decode_merge,
 }
 
 FORWARD: dict[str, Callable[[Problem], Cost]] = {
@@ -360,6 +409,7 @@ FORWARD: dict[str, Callable[[Problem], Cost]] = {
     "online": online,
     "flash1": flash1,
     "flash2": flash2,
+    "decode": decode_forward,
 }
 
 BACKWARD: dict[str, Callable[[Problem], Cost]] = {

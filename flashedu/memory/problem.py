@@ -14,7 +14,8 @@ class Problem:
 
     `B` batches, `H` query heads, `H_kv` key and value heads (each shared by `H / H_kv` query
     heads), `Nq` queries, `Nk` keys, head size `D`. `dtype` is what HBM holds. `block_q` queries
-    and `block_k` keys make a tile. `Nk` and `H_kv` default to `Nq` and `H`.
+    and `block_k` keys make a tile; a stage for decoding cuts the keys into `splits` parts. `Nk`
+    and `H_kv` default to `Nq` and `H`.
     """
 
     Nq: int
@@ -27,19 +28,20 @@ class Problem:
     causal: bool = False
     block_q: int = 128
     block_k: int = 64
+    splits: int = 1
 
     def __post_init__(self) -> None:
         if self.Nk == -1:
             object.__setattr__(self, "Nk", self.Nq)
         if self.H_kv == -1:
             object.__setattr__(self, "H_kv", self.H)
-        for name in ("B", "H", "H_kv", "Nq", "Nk", "D", "block_q", "block_k"):
+        for name in ("B", "H", "H_kv", "Nq", "Nk", "D", "block_q", "block_k", "splits"):
             if not isinstance(getattr(self, name), int):
                 raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name in ("B", "Nq", "Nk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("H", "H_kv", "D", "block_q", "block_k"):
+        for name in ("H", "H_kv", "D", "block_q", "block_k", "splits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.H % self.H_kv:

@@ -17,10 +17,13 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
-STAGE_MARKER = {"naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^"}
+STAGE_MARKER = {
+    "naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^", "decode": "P",
+}  # fmt: skip
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
 PEER_LINE = {
+    "decode": ("d", ":"),
     "flash2": ("D", "-"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
@@ -29,6 +32,7 @@ PEER_LINE = {
     "sdpa-efficient": ("v", "--"),
     "sdpa-math": ("*", "--"),
     "standard": ("X", "-"),
+    "copy": ("x", ":"),
 }
 
 FORMAT_MARKER = {"float32": "o", "tf32": "^", "float16": "s", "bfloat16": "D"}
@@ -102,8 +106,10 @@ LIGHT = Look(
         "online": "#737373",
         "flash1": "#494949",
         "flash2": "#111111",
+        "decode": "#868686",  # beside flash2, never among the ladder
     },
     peer={  # ours are black
+        "decode": "#111111",
         "flash2": "#111111",
         "flash1": "#111111",
         "sdpa-cudnn": "#5A5A5A",
@@ -112,6 +118,7 @@ LIGHT = Look(
         "sdpa-efficient": "#8C8C8C",
         "sdpa-math": "#B4B4B4",
         "standard": "#B4B4B4",
+        "copy": "#B4B4B4",
     },
     format={
         "float32": "#222255",
@@ -154,8 +161,10 @@ DARK = Look(
         "online": "#B0B0B0",
         "flash1": "#D7D7D7",
         "flash2": "#FEFEFE",
+        "decode": "#9C9C9C",
     },
     peer={
+        "decode": "#F4F4F4",
         "flash2": "#F4F4F4",
         "flash1": "#F4F4F4",
         "sdpa-cudnn": "#BEBEBE",
@@ -164,6 +173,7 @@ DARK = Look(
         "sdpa-efficient": "#909090",
         "sdpa-math": "#6A6A6A",
         "standard": "#6A6A6A",
+        "copy": "#6A6A6A",
     },
     format={
         "float32": "#F2F2FF",

@@ -30,6 +30,7 @@ class Rung:
     tile_sizes: Sequence[int] = ANY_TILES  # what block_q and block_k may be; () if it has none
     lse: bool = False  # has attention_with_lse
     backward: bool = False  # has gradients
+    splits: bool = False  # cuts the keys into `splits` parts, for few queries and many keys
     requires: tuple[str, ...] = ()  # modules that it cannot run without
 
     @property
@@ -51,7 +52,8 @@ class Rung:
         if p.dtype not in self.dtypes:
             would_do = ", ".join(self.dtypes)
             return f"stage '{self.name}' ({self.framework}) has no {p.dtype}; {would_do} would do"
-        for name, block in self.tiles_of(p).items():
+        for name in ("block_q", "block_k") if self.tile_sizes else ():
+            block = getattr(p, name)
             if block not in self.tile_sizes:
                 would_do = ", ".join(map(str, self.tile_sizes))
                 return f"stage '{self.name}' takes a {name} of {would_do}, got {block}"
@@ -59,7 +61,8 @@ class Rung:
 
     def tiles_of(self, p: Problem) -> dict[str, int]:
         """The tile sizes of `p`, as keyword arguments for the stage; none if it has no tiles."""
-        return {"block_q": p.block_q, "block_k": p.block_k} if self.tile_sizes else {}
+        names = ("block_q", "block_k") if self.tile_sizes else ()
+        return {name: getattr(p, name) for name in names + ("splits",) * self.splits}
 
     def missing(self) -> str | None:
         """Why this machine cannot run the stage, in a sentence; None if it can."""
@@ -115,11 +118,28 @@ LADDER = (
     ),
 )
 
+# Beside the ladder: for few queries and many keys, as a model writes. With as many queries as keys
+# there is nothing to gain, so these are taken by name only.
+INFERENCE = (
+    Rung(
+        "decode",
+        "torch",
+        "Flash-Decoding in Triton: few queries; programs share the keys and merge",
+        _GPU_DTYPES,
+        tile_sizes=GPU_TILES,
+        lse=True,
+        splits=True,
+        requires=("torch", "triton"),
+    ),
+)
+
+RUNGS = (*LADDER, *INFERENCE)
+
 
 def rung(name: str) -> Rung:
     """The rung of that name. Raises ValueError, listing what there is."""
-    for candidate in LADDER:
+    for candidate in RUNGS:
         if candidate.name == name:
             return candidate
-    known = ", ".join(candidate.name for candidate in LADDER)
+    known = ", ".join(candidate.name for candidate in RUNGS)
     raise ValueError(f"stage must be one of {known}, got {name!r}")

@@ -12,6 +12,7 @@ import numpy as np
 from flashedu.memory.problem import Problem
 
 MAX_D = 256
+MAX_SPLITS = 1024
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -25,6 +26,7 @@ def check(
     scale: float | None,
     block_q: int | None = 128,
     block_k: int | None = 64,
+    splits: int | None = None,
     machine: Any = None,
 ) -> tuple[Problem, float]:
     """Check the arguments of a stage; return their sizes and the scale.
@@ -36,7 +38,7 @@ def check(
 
     framework, dtypes = rung(stage).framework, rung(stage).dtypes
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_array(stage, framework, dtypes, name, x)
+        check_array(stage, framework, dtypes, name, x)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(
@@ -69,20 +71,15 @@ def check(
     if rung(stage).tile_sizes:
         _check_tile_size(rung(stage), "block_q", block_q)
         _check_tile_size(rung(stage), "block_k", block_k)
-    if scale is None:
-        scale = 1 / math.sqrt(D)
-    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number, or None for 1/√D, got {scale!r}")
-    elif not _finite(scale):
-        raise ValueError(f"scale must be finite, or None for 1/√D, got {scale}")
-    elif abs(scale) > FLOAT32_MAX:
-        raise ValueError(f"scale must fit float32, or be None for 1/√D, got {scale}")
+    if splits is not None:
+        check_splits(splits)
+    scale = check_scale(scale, D)
 
     problem = Problem(
         B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=bool(causal),
-        block_q=int(block_q or 128), block_k=int(block_k or 64),
+        block_q=int(block_q or 128), block_k=int(block_k or 64), splits=int(splits or 1),
     )  # fmt: skip
-    return problem, float(scale)
+    return problem, scale
 
 
 def _check_tile_size(rung: Any, name: str, block: Any) -> None:
@@ -95,6 +92,39 @@ def _check_tile_size(rung: Any, name: str, block: Any) -> None:
     if rung.is_triton:
         wanted = f"None, or one of {', '.join(map(str, rung.tile_sizes))}, for stage '{rung.name}'"
     raise (ValueError if is_integer else TypeError)(f"{name} must be {wanted}, got {block!r}")
+
+
+def check_splits(splits: Any) -> None:
+    """Raise TypeError or ValueError unless it is a number of splits."""
+    is_integer = isinstance(splits, numbers.Integral) and not isinstance(splits, bool)
+    if not (is_integer and 1 <= splits <= MAX_SPLITS):
+        raise (ValueError if is_integer else TypeError)(
+            f"splits must be None, or an integer of 1 to {MAX_SPLITS}, got {splits!r}"
+        )
+
+
+def refuse_gradients(stage: str, *inputs: Any) -> None:
+    """Raise ValueError, with a sentence, if gradients of the inputs would be asked for."""
+    import torch
+
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"q, k and v must not require gradients for stage '{stage}', which has no backward: "
+            "detach them, or take stage 'flash2'"
+        )
+
+
+def check_scale(scale: Any, D: int) -> float:
+    """The scale, 1/√D for None. Raises TypeError or ValueError unless it is a float32 number."""
+    if scale is None:
+        return 1 / math.sqrt(D)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number, or None for 1/√D, got {scale!r}")
+    if not _finite(scale):
+        raise ValueError(f"scale must be finite, or None for 1/√D, got {scale}")
+    if abs(float(scale)) > FLOAT32_MAX:
+        raise ValueError(f"scale must fit float32, or be None for 1/√D, got {scale}")
+    return float(scale)
 
 
 def _finite(x: Any) -> bool:
@@ -117,7 +147,7 @@ def framework_of(x: Any) -> str | None:
     return "torch" if torch is not None and isinstance(x, torch.Tensor) else None
 
 
-def _check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str, x: Any) -> None:
+def check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str, x: Any) -> None:
     wanted, make = {
         "numpy": ("a NumPy array", f"np.asarray({name}) makes one"),
         "torch": ("a torch tensor", f"torch.as_tensor({name}) makes one"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from flashedu.stages import LADDER, Rung, rung
+from flashedu.stages import LADDER, RUNGS, Rung, rung
 from flashedu.stages.contract import dtype_name, framework_of
 
 
@@ -15,7 +15,7 @@ def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> A
     chosen = _best_for(q, compiled=uncounted) if stage is None else rung(stage)
     reason = chosen.missing()
     if reason is not None:
-        runnable = ", ".join(r.name for r in LADDER if r.missing() is None)
+        runnable = ", ".join(r.name for r in RUNGS if r.missing() is None)
         raise RuntimeError(f"{reason}. Stages that run here: {runnable}")
     function = chosen.load().attention
     for name in options:

@@ -19,7 +19,7 @@ import torch
 from flashedu.memory.kernels import counted
 from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages import triton_mode
-from flashedu.stages.contract import check
+from flashedu.stages.contract import check, refuse_gradients
 from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
 from flashedu.stages.flash2_tiles import tiles_for_call
 
@@ -61,11 +61,7 @@ def attention_with_lse(
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     tile = tiles_for_call(q, problem, block_q, block_k).forward
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError(
-            "q, k and v must not require gradients for stage 'flash1', which has no backward: "
-            "detach them, or take stage 'flash2'"
-        )
+    refuse_gradients("flash1", q, k, v)
     return forward(q, k, v, problem, scale, machine or UNCOUNTED, tile)
 
 

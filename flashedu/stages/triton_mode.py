@@ -105,6 +105,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a card."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def has_tma(x: torch.Tensor) -> bool:
     """Whether descriptors are made by the host: for Hopper and later cards, and the interpreter."""
     return (capability(x) or (9, 0)) >= (9, 0)

@@ -1,0 +1,92 @@
+"""How `decode` is cut to fit a card: its tiles, and the number of splits. All there is to tune."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flashedu.memory.problem import Problem
+from flashedu.stages import triton_mode
+from flashedu.stages.descriptors import columns
+from flashedu.stages.flash2_tiles import LARGE, MIDDLE, Tile
+
+# k and v pass by once, so speed is bytes in flight: tiles on their way while others are used. A
+# tile of k takes 16 KiB at most, as does one of v. With 4 stages three of each are on chip, and 227
+# KiB have room for two such programs; with 3 stages two of each, and 99 KiB have room for one.
+# Never timed on any card.
+TILE_BYTES = 16 * 2**10
+PROGRAMS_PER_SM = 2
+MIN_KEYS = 256  # of a split: o of 8 heads, written and read, is then 1/16 of k and v in 16 bits
+
+MERGED_VALUES = 8192  # of o that a merging program holds: 64 a thread
+
+INTERPRETED_ROWS = 16  # of a merging program
+INTERPRETED_SPLITS = 3  # few programs, as each costs some ms; but some to merge
+
+
+def tile_for(capability: tuple[int, int] | None, columns: int, item_bytes: int, rows: int) -> Tile:
+    """How the kernel is cut, never timed, for a card's compute capability; None: interpreted.
+
+    `columns`: D, rounded up as in kernels. `rows`: queries times the query heads of a key head.
+    """
+    largest = 64 if item_bytes == 2 and columns <= 128 else 16  # more does not fit, or spills
+    block_q = min(largest, max(16, 1 << (rows - 1).bit_length()))
+    if capability is None:
+        return Tile(block_q, 64)
+    block_k = min(128, TILE_BYTES // (item_bytes * columns))
+    stages = 4 if capability in LARGE else 3 if capability in MIDDLE else 1
+    return Tile(block_q, block_k, 4, stages)
+
+
+def tile_for_call(q: Any, p: Problem, block_q: int | None, block_k: int | None) -> Tile:
+    """The tile for q's card and this problem, with the caller's sizes, where there are any."""
+    tile = tile_for(triton_mode.capability(q), columns(p.D), q.itemsize, p.Nq * p.group)
+    return tile.sized(block_q, block_k)
+
+
+def in_pages(tile: Tile, page_size: int) -> Tile:
+    """The same for keys in pages: a tile lies in one page.
+
+    A page number is loaded before its tile can be, and the compiler spreads its stages over both
+    loads: 4 stages have one tile on its way, 6 have two. With 3 nothing changes.
+    """
+    stages = tile.stages + 2 if tile.stages > 3 else tile.stages
+    return tile._replace(block_k=min(tile.block_k, page_size), stages=stages)
+
+
+def splits_for(slots: int, parts: int, Nk: int, block_k: int) -> int:
+    """So many splits that programs fill the card, in whole waves.
+
+    `slots`: programs that the card runs at a time. `parts`: programs there would be without splits.
+    Of 100 programs on 264 slots 2.64 would be one wave: 2 splits fill 0.76 of it, 5 fill 0.95 of
+    two. The fullest is taken, of equals the fewest; at most two waves, and no split shorter than
+    MIN_KEYS.
+    """
+    most = max(1, min(Nk // MIN_KEYS, 2 * slots // parts))
+
+    def fullness(splits: int) -> float:
+        waves = parts * splits / slots
+        return waves / math.ceil(waves)
+
+    splits = max(range(1, most + 1), key=fullness)
+    tiles = -(-Nk // block_k)
+    return -(-tiles // -(-tiles // splits))  # splits are whole tiles: none is left without a key
+
+
+def splits_for_call(q: Any, p: Problem, tile: Tile) -> int:
+    """The splits for q's card and this problem."""
+    if triton_mode.INTERPRETED:
+        return INTERPRETED_SPLITS
+    parts = p.B * p.H_kv * -(-p.Nq * p.group // tile.block_q)
+    slots = PROGRAMS_PER_SM * triton_mode.sm_count(q.device)
+    return splits_for(slots, max(1, parts), p.Nk, tile.block_k) if p.Nk else 1
+
+
+def merged_at_once(splits: int, columns: int) -> tuple[int, int]:
+    """Rows of a merging program, and splits that it takes at once: powers of two.
+
+    On a GPU a program for each row: rows are few, and it waits for memory once, not once a split.
+    """
+    if triton_mode.INTERPRETED:
+        return INTERPRETED_ROWS, 2
+    return 1, min(1 << (splits - 1).bit_length(), MERGED_VALUES // columns)
