@@ -424,6 +424,7 @@ def test_an_argument_of_another_kind_gets_a_sentence(arguments: tuple, message: 
     ("arguments", "message"),
     [
         (("flash9", SMALL), "stage must be one of naive, tiled, .*, got 'flash9'"),
+        (("decode", SMALL), "stages must be of the ladder .*, got 'decode'"),
         ((SMALL,), "stages must be one or two, got 0"),
         ((["tiled"] * 3, SMALL), "stages must be one or two, got 3"),
         (("flash2", SMALL), "stage 'flash2' takes a block_q of 16, .*, got 8"),

@@ -10,7 +10,7 @@ from typing import Any
 from flashedu.memory import Problem
 from flashedu.player import page
 from flashedu.player.film import Film, Pack, pack, record
-from flashedu.stages import rung
+from flashedu.stages import LADDER, rung
 
 __all__ = ["Film", "Player", "play"]
 
@@ -82,6 +82,9 @@ def play(*stages_and_problem: Any, seed: int = 0) -> Player:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"stages must be names, as 'tiled', got {name!r}")
+        if rung(name) not in LADDER:  # its rows are those of several heads
+            known = ", ".join(found.name for found in LADDER)
+            raise ValueError(f"stages must be of the ladder ({known}), got {name!r}")
         reason = rung(name).refuses(problem)
         if reason is not None:
             raise ValueError(reason)
