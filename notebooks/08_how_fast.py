@@ -8,6 +8,7 @@
 
 # %%
 import math
+from functools import partial
 
 from flashedu import ladder, plots
 from flashedu.bench import published, show
@@ -85,12 +86,7 @@ my_prediction_gb, my_prediction_closeness = 1.5, 0.9
 shape = Problem(B=64, H=16, Nq=1024, D=64)
 
 
-def measured(kernel, section="tiles", causal=False):
-    cases = counters.cases(section, causal=causal)
-    runs = (run for case in cases for run in case["runs"])
-    return [run for run in runs if run["kernel"] == kernel]
-
-
+measured = partial(show.launches, counters)
 (run,) = (run for run in measured("flash2") if run["tile"][0] == 256)
 form = cost.flash2(shape.replace(block_q=256))
 counted_gb = run["l2_to_sm_bytes"] / 1e9
@@ -178,6 +174,7 @@ def with_tile(runs, block_q, block_k):
     return next(run for run in runs if run["tile"][:2] == [block_q, block_k])
 
 
+# %%
 causal = {kernel: measured(kernel, causal=True) for kernel in kernels}
 ragged = measured("flash2", "ragged")
 table(
@@ -282,6 +279,7 @@ def moved(peer):
     return {"kernels": len(runs), "HBM, read and written": f"{dram / 1e9:.1f} GB"}
 
 
+# %%
 peers = {
     "standard": "standard",
     "flash2": "flash2",

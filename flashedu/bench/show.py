@@ -91,6 +91,14 @@ def figures(record: Record) -> dict[str, Figure]:
     return found
 
 
+def launches(
+    record: Record, kernel: str, section: str = "tiles", *, causal: bool = False
+) -> list[Run]:
+    """What a record of traffic has of one of our kernels, a launch each."""
+    cases = record.cases(section, causal=causal)
+    return [run for case in cases for run in case["runs"] if run["kernel"] == kernel]
+
+
 def three_counts(
     record: Record, *, causal: bool = False
 ) -> dict[str, dict[str, tuple[int, int, int]]]:
