@@ -27,6 +27,7 @@ NEEDED: dict[str, tuple[str, str | None]] = {
     "numpy": ("1.26", "3"),
     "torch": ("2.11", None),
     "matplotlib": ("3.8", None),
+    "pillow": ("10", None),
     "typer": ("0.12", None),
     "rich": ("13.7", None),
 }
