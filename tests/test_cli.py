@@ -344,8 +344,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 VERSIONS = {
     "numpy": "2.4.6", "torch": "2.13.0", "matplotlib": "3.11.2",
-    "pillow": "13.0.0", "typer": "0.29.2", "rich": "15.0.0", "jupyterlab": "4.6.6", "ipykernel": "7.4.0", "nbval": "0.11.0",
-    "triton": "3.7.1",
+    "pillow": "13.0.0", "typer": "0.29.2", "rich": "15.0.0", "jupyterlab": "4.6.6",
+    "ipykernel": "7.4.0", "nbval": "0.11.0", "triton": "3.7.1",
 }  # fmt: skip
 RUNGS = (("naive", "numpy", None), ("online", "torch", None))
 H200 = Card("NVIDIA H200", "580.1", (9, 0), 141 * 2**30)
