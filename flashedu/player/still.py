@@ -20,8 +20,6 @@ from flashedu.memory.trace import visits
 from flashedu.player.film import Film, Pack, pack
 from flashedu.plots.style import Look, styled
 
-NARROW = 8  # of 100: too narrow a tile for a name of its own
-
 
 def storyboard(films: Sequence[Film], titles: Sequence[str] = ()) -> Figure:
     """A row of moments and a bar of bytes for each film. `titles`: if not the stages' ideas."""
@@ -140,22 +138,15 @@ def _chip(ax: Any, film: Film, packed: Pack, live: Sequence[Sequence[Any]], look
     if peak:
         held = sum(tile[3] for tile in live)
         at = 3.0
-        labels: list[tuple[float, float, str, bool]] = []  # left, right, names, narrow
         for name, _, _, size in live:
             width = 94 * size / peak
             ax.add_artist(Rectangle((at, 10), width, 8, facecolor=packed["tile_colours"][name],
                                    edgecolor=look.ink, linewidth=0.5))  # fmt: skip
-            narrow = width < NARROW
-            if narrow and labels and labels[-1][3]:  # neighbours share a label
-                left, _, names, _ = labels.pop()
-                labels.append((left, at + width, f"{names} {name}", narrow))
-            else:
-                labels.append((at, at + width, name, narrow))
             at += width
         ax.add_artist(Rectangle((3, 10), 94, 8, facecolor="none", edgecolor=look.ink,
                                linewidth=0.6, linestyle=(0, (2, 2))))  # fmt: skip
-        for left, right, names, _ in labels:
-            ax.text((left + right) / 2, 4.5, names, fontsize=8, va="center", ha="center")
+        # in the order of the bar; some of its parts are too narrow for a name below them
+        ax.text(3, 4.5, "   ".join(tile[0] for tile in live), fontsize=8, va="center")
         ax.text(3, 21, f"SRAM: {held:,} bytes", fontweight="bold", fontsize=9)
         return
     ax.text(3, 21, "SRAM: what is loaded", fontweight="bold", fontsize=9)
