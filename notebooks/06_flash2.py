@@ -344,7 +344,7 @@ fig = plots.visits(
 # program 0 gets the last query tile:
 
 # %%
-source(flash2._tile_and_head.fn)
+source(flash2.tile_and_head.fn)
 
 # %% [markdown]
 # What does that buy, in the model of Figure 4? N = 16,384, four heads, tiles of 128 × 64: 512 programs, head after
@@ -413,7 +413,7 @@ table(
 # question. The programs of one head all load the same k and v. If they run at the same time, then the first to
 # load a tile brings it into L2, and the others find it there.
 #
-# `_tile_and_head` numbers the programs so that the tiles of one head are neighbours, and neighbours run at the
+# `tile_and_head` numbers the programs so that the tiles of one head are neighbours, and neighbours run at the
 # same time. With 64 heads, N = 4096, and 132 programs at a time:
 
 # %%

@@ -120,10 +120,10 @@ source(flash2.dq_kernel.fn)
 # ## Rows that see no key
 #
 # With more queries than keys and a causal mask, the first rows see no key. Their lse is −∞, as log 0 is. Then
-# p = 2^(s − lse) would be 2^(−∞ + ∞), which is not a number. `_load_lse` puts +∞ in its place.
+# p = 2^(s − lse) would be 2^(−∞ + ∞), which is not a number. `load_lse` puts +∞ in its place.
 
 # %%
-source(flash2._load_lse.fn)
+source(flash2.load_lse.fn)
 
 # %%
 s = torch.tensor([-torch.inf])

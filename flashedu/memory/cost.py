@@ -327,6 +327,58 @@ def flash2_backward(p: Problem) -> Cost:
     return flash2_delta(p) + flash2_dkdv(p) + flash2_dq(p)
 
 
+# varlen: flash2, and the runs; their closed forms are for runs that are a whole or a causal mask
+
+
+def varlen(p: Problem) -> Cost:
+    """As flash2; each program also reads the run of each of its queries."""
+    if _empty(p):
+        return flash2(p)
+    return flash2(p) + _whole_tiles(hbm_read_bytes=_runs_of_query_tiles(p))
+
+
+def varlen_dkdv(p: Problem) -> Cost:
+    """As flash2. A program reads four numbers that say which queries see its keys; where those do
+    not see all of a tile, it reads their runs."""
+    tiles = p.B * -(-p.Nk // p.block_k)
+    masked = _masked_visits(p) if not _empty(p) else 0
+    moved = 16 * tiles * p.H_kv + 8 * p.B * p.H * masked * p.block_q
+    return flash2_dkdv(p) + _whole_tiles(hbm_read_bytes=moved)
+
+
+def varlen_dq(p: Problem) -> Cost:
+    """As flash2, and the runs."""
+    return flash2_dq(p) + _whole_tiles(hbm_read_bytes=_runs_of_query_tiles(p))
+
+
+def varlen_backward(p: Problem) -> Cost:
+    """The whole backward of `varlen`."""
+    if _empty(p):
+        return flash2_backward(p)
+    return flash2_delta(p) + varlen_dkdv(p) + varlen_dq(p)
+
+
+def _runs_of_query_tiles(p: Problem) -> int:
+    """Two int32 a query, in whole tiles, for each head."""
+    return 8 * p.B * p.H * -(-p.Nq // p.block_q) * p.block_q
+
+
+def _masked_visits(p: Problem) -> int:
+    """Query tiles that the key tiles of one head visit, and that do not see all of the tile."""
+    starts, (_, queries) = np.arange(0, p.Nk, p.block_k), _key_tiles(p)
+    visits = -(-queries // p.block_q)
+    sees_all = np.zeros_like(starts)  # the first query that sees the whole tile
+    if p.causal:
+        sees_all = np.clip(starts + p.block_k - 1 - (p.Nk - p.Nq), 0, p.Nq)
+    sees_all = np.where(starts + p.block_k > p.Nk, p.Nq, sees_all)  # none does
+    unmasked = -(-p.Nq // p.block_q) - -(-sees_all // p.block_q)
+    return int((visits - np.minimum(visits, unmasked)).sum())
+
+
+def _whole_tiles(**bytes_: int) -> Cost:
+    return Cost(sram_peak_bytes=None, **bytes_)
+
+
 def _empty(p: Problem) -> bool:
     """No kernel is launched then."""
     return 0 in (p.B, p.Nq, p.Nk)
@@ -399,6 +451,10 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
     "flash2 delta": flash2_delta,
     "flash2 dkdv": flash2_dkdv,
     "flash2 dq": flash2_dq,
+    "varlen": varlen,
+    "varlen delta": flash2_delta,
+    "varlen dkdv": varlen_dkdv,
+    "varlen dq": varlen_dq,
     "decode": decode,
     "decode merge": decode_merge,
 }
@@ -409,6 +465,7 @@ FORWARD: dict[str, Callable[[Problem], Cost]] = {
     "online": online,
     "flash1": flash1,
     "flash2": flash2,
+    "varlen": varlen,
     "decode": decode_forward,
 }
 
@@ -416,6 +473,7 @@ BACKWARD: dict[str, Callable[[Problem], Cost]] = {
     "naive": naive_backward,
     "online": online_backward,
     "flash2": flash2_backward,
+    "varlen": varlen_backward,
 }
 
 

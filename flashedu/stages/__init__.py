@@ -31,6 +31,7 @@ class Rung:
     lse: bool = False  # has attention_with_lse
     backward: bool = False  # has gradients
     splits: bool = False  # cuts the keys into `splits` parts, for few queries and many keys
+    runs: bool = False  # takes `runs`: a mask, as the keys that each query sees
     requires: tuple[str, ...] = ()  # modules that it cannot run without
 
     @property
@@ -95,6 +96,7 @@ LADDER = (
         _TORCH_DTYPES,
         lse=True,
         backward=True,
+        runs=True,
         requires=("torch",),
     ),
     Rung(
@@ -118,9 +120,21 @@ LADDER = (
     ),
 )
 
-# Beside the ladder: for few queries and many keys, as a model writes. With as many queries as keys
-# there is nothing to gain, so these are taken by name only.
+# Beside the ladder: what a model asks for. Texts of different lengths, packed or padded; and few
+# queries with many keys, as a model writes. Where the ladder's own question is asked there is
+# nothing to gain, so these are taken by name only.
 INFERENCE = (
+    Rung(
+        "varlen",
+        "torch",
+        "flash2 over texts of different lengths: a run of keys for each query",
+        _GPU_DTYPES,
+        tile_sizes=GPU_TILES,
+        lse=True,
+        backward=True,
+        runs=True,
+        requires=("torch", "triton"),
+    ),
     Rung(
         "decode",
         "torch",
@@ -129,6 +143,7 @@ INFERENCE = (
         tile_sizes=GPU_TILES,
         lse=True,
         splits=True,
+        runs=True,
         requires=("torch", "triton"),
     ),
 )

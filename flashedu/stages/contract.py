@@ -27,6 +27,7 @@ def check(
     block_q: int | None = 128,
     block_k: int | None = 64,
     splits: int | None = None,
+    runs: Any = None,
     machine: Any = None,
 ) -> tuple[Problem, float]:
     """Check the arguments of a stage; return their sizes and the scale.
@@ -68,6 +69,8 @@ def check(
         raise TypeError(f"machine must be a flashedu.memory.Machine, or None, got {machine!r}")
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
+    if runs is not None:
+        _check_runs(runs, causal, q)
     if rung(stage).tile_sizes:
         _check_tile_size(rung(stage), "block_q", block_q)
         _check_tile_size(rung(stage), "block_k", block_k)
@@ -80,6 +83,16 @@ def check(
         block_q=int(block_q or 128), block_k=int(block_k or 64), splits=int(splits or 1),
     )  # fmt: skip
     return problem, scale
+
+
+def _check_runs(runs: Any, causal: Any, q: Any) -> None:
+    from flashedu.stages.runs import check
+
+    check(runs, q)
+    if causal:
+        raise ValueError(
+            "causal must be False where runs are given, which say all that a query sees, got True"
+        )
 
 
 def _check_tile_size(rung: Any, name: str, block: Any) -> None:

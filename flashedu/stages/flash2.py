@@ -89,7 +89,7 @@ def forward_kernel(
     """o and lse of one query tile of one head. Q, K, V, O: see `tiles_of`."""
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
-    i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
+    i, head = tile_and_head(Nq, BLOCK_Q, CAUSAL)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
 
@@ -127,7 +127,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _tile_and_head(N, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def tile_and_head(N, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """The first row of this program's tile, and its head, counted through all batches.
 
     Neighbours have the same head: what they all load, k and v or q and do, stays in L2.
@@ -172,7 +172,7 @@ def _visible(rows, cols, Nq, Nk, CAUSAL: tl.constexpr):
 def delta_kernel(O, DO, DELTA, H, Nq, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """delta = rowsum(do ∘ o) of one query tile."""
     O, DO = in_tiles(O, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
-    i, head = _tile_and_head(Nq, BLOCK_Q, False)
+    i, head = tile_and_head(Nq, BLOCK_Q, False)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
     o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
@@ -194,7 +194,7 @@ def dkdv_kernel(
     Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     DK, DV = in_tiles(DK, BLOCK_K, COLUMNS), in_tiles(DV, BLOCK_K, COLUMNS)
-    j, head_kv = _tile_and_head(Nk, BLOCK_K, False)
+    j, head_kv = tile_and_head(Nk, BLOCK_K, False)
     b, h_kv = head_kv // H_kv, head_kv % H_kv
     cols = j + tl.arange(0, BLOCK_K)
 
@@ -218,7 +218,7 @@ def dkdv_kernel(
             for i in tl.range(start, stop, BLOCK_Q):
                 rows = i + tl.arange(0, BLOCK_Q)
                 q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
-                lse_i = _load_lse(LSE + head_rows, rows, Nq)
+                lse_i = load_lse(LSE + head_rows, rows, Nq)
                 s_ji = tl.dot(k_j, q_i.T, input_precision="ieee") * (scale * LOG2E)
                 if MASKED:
                     visible = _visible(rows, cols, Nq, Nk, CAUSAL)
@@ -247,14 +247,14 @@ def dq_kernel(
     Q, DO = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(DO, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     DQ = in_tiles(DQ, BLOCK_Q, COLUMNS)
-    i, head = _tile_and_head(Nq, BLOCK_Q, CAUSAL)
+    i, head = tile_and_head(Nq, BLOCK_Q, CAUSAL)
     b, h = head // H, head % H
     rows = i + tl.arange(0, BLOCK_Q)
     head_rows = head.to(tl.int64) * Nq
 
     q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
     do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
-    lse_i = _load_lse(LSE + head_rows, rows, Nq)
+    lse_i = load_lse(LSE + head_rows, rows, Nq)
     delta_i = tl.load(DELTA + head_rows + rows, mask=rows < Nq, other=0)
     dq_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
@@ -278,7 +278,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _load_lse(LSE, rows, Nq):
+def load_lse(LSE, rows, Nq):
     """In base 2. +inf where a row sees no key or does not exist: p = 2^−inf is 0."""
     lse_i = tl.load(LSE + rows, mask=rows < Nq, other=float("inf"))
     return tl.where(lse_i == float("-inf"), float("inf"), lse_i) * LOG2E

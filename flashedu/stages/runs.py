@@ -78,17 +78,11 @@ def packed(
     return Runs(first.to(torch.int32)[None], stop.to(torch.int32)[None])
 
 
-def check(runs: Any, q: Any) -> Runs | None:
-    """`runs` as kernels take them. Raises TypeError or ValueError unless they are for q's queries.
-
-    q: (B, H, Nq, D).
-    """
-    if runs is None:
-        return None
+def check(runs: Any, q: Any) -> None:
+    """Raise TypeError or ValueError unless `runs` are for q's queries. q: (B, H, Nq, D)."""
     if not isinstance(runs, Runs):
-        raise TypeError(
-            f"runs must be flashedu.stages.runs.Runs, or None, got {type(runs).__name__}"
-        )
+        kind = type(runs).__name__
+        raise TypeError(f"runs must be flashedu.stages.runs.Runs, or None, got {kind}")
     wanted = (q.shape[0], q.shape[2])
     for name, x in zip(Runs._fields, runs, strict=True):
         if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
@@ -101,7 +95,6 @@ def check(runs: Any, q: Any) -> Runs | None:
             )
         if x.device != q.device:
             raise ValueError(f"runs.{name} must be on the device of q, {q.device}, got {x.device}")
-    return Runs(*(x.contiguous() for x in runs))
 
 
 def _checked(name: str, lengths: Any) -> list[int]:
