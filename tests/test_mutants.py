@@ -95,7 +95,7 @@ WRITTEN = "every_value_is_written"
 COUNTED = "counted_bytes_are_the_closed_form"
 COUNTED_BACKWARD = "counted_bytes_of_the_backward_are_the_closed_form"
 
-_online_head = "return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED)"
+_online_head = "return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED, runs)"
 _K, _V = (f'{n.upper()} = hbm.array("{n}", {n}, shared_by=problem.group)' for n in "kv")
 _mixed = "hbm.array('{0}', np.tile({0}, (1, problem.group, 1, 1)))"
 _mixed_torch = "hbm.array('{0}', {0}.repeat(1, problem.group, 1, 1))"

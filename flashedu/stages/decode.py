@@ -21,10 +21,12 @@ import torch
 
 from flashedu.memory.kernels import counted
 from flashedu.memory.machine import UNCOUNTED
+from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
-from flashedu.stages.contract import check, refuse_gradients
+from flashedu.stages.contract import check, dtype_name, refuse_gradients
 from flashedu.stages.decode_tiles import merged_at_once, splits_for_call, tile_for_call
 from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
+from flashedu.stages.runs import Runs
 
 import triton
 import triton.language as tl
@@ -33,13 +35,16 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no
 
 
 def attention(
-    q, k, v, *, causal=False, scale=None, block_q=None, block_k=None, splits=None, machine=None
-):
+    q, k, v, *, causal=False, scale=None, runs=None,
+    block_q=None, block_k=None, splits=None, machine=None,
+):  # fmt: skip
     """softmax(scale · q kᵀ) v by Triton kernels, for few queries and many keys; no gradients.
 
     q: (B, H, Nq, D). k, v: (B, H_kv, Nk, D), H a multiple of H_kv. float16, bfloat16 or float32, on
     the GPU, or on the CPU where there is none and kernels are interpreted. Any strides.
     causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
+    runs: the keys that each query sees, where it is not all or a causal mask, as
+    `flashedu.stages.runs` makes them; or None.
     scale: 1/√D if None. block_q: rows in a tile, a row for each query of each head of a group;
     block_k: keys in a tile. Powers of two from 16 to 256; None takes some that fit this card.
     splits: how many parts the keys are cut into; None takes as many as fill the card.
@@ -48,39 +53,50 @@ def attention(
     Raises TypeError or ValueError for inputs outside this contract.
     """
     return attention_with_lse(
-        q, k, v, causal=causal, scale=scale,
+        q, k, v, causal=causal, scale=scale, runs=runs,
         block_q=block_q, block_k=block_k, splits=splits, machine=machine,
     )[0]  # fmt: skip
 
 
 def attention_with_lse(
-    q, k, v, *, causal=False, scale=None, block_q=None, block_k=None, splits=None, machine=None
-):
+    q, k, v, *, causal=False, scale=None, runs=None,
+    block_q=None, block_k=None, splits=None, machine=None,
+):  # fmt: skip
     """As `attention`; returns o and lse.
 
     lse: (B, H, Nq), float32, the natural log of Σ exp(scale · q kᵀ) over the keys that a query
     sees, −inf if it sees none.
     """
     problem, scale = check(
-        "decode", q, k, v, causal=causal, scale=scale,
+        "decode", q, k, v, causal=causal, scale=scale, runs=runs,
         block_q=block_q, block_k=block_k, splits=splits, machine=machine,
     )  # fmt: skip
     triton_mode.check("decode", q, machine)
     refuse_gradients("decode", q, k, v)
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
+    if runs is not None:
+        runs = Runs(*(x.contiguous() for x in runs))
+    if machine is None and torch.compiler.is_compiling():
+        first, stop = runs or (None, None)
+        return decode_op(
+            q, k, v, first, stop, problem.causal, scale, block_q or 0, block_k or 0, splits or 0
+        )
     tile = tile_for_call(q, problem, block_q, block_k)
     splits = splits or splits_for_call(q, problem, tile)
-    return forward(q, k, v, problem, scale, machine or UNCOUNTED, tile, int(splits))
+    return forward(q, k, v, problem, scale, machine or UNCOUNTED, tile, int(splits), runs)
 
 
 @triton.jit
 def decode_kernel(
-    Q, K, V, O, LSE, scale, H_kv, Nq, Nk, splits, keys_per_split,
+    Q, K, V, O, LSE, FIRST, STOP, scale, H_kv, Nq, Nk, splits,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one tile of packed rows, over one split of the keys of their head."""
+    """o and lse of one tile of packed rows, over one split of the keys of their head.
+
+    FIRST, STOP: the runs, (B, Nq), or None.
+    """
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     n_rows = Nq * GROUP
@@ -96,8 +112,15 @@ def decode_kernel(
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
-    start = split * keys_per_split
-    stop = tl.minimum(Nk, start + keys_per_split)
+    begin, end = 0, Nk  # what the splits share
+    if FIRST is not None:
+        run = b.to(tl.int64) * Nq + tl.minimum(queries, Nq - 1)
+        first_i, stop_i = tl.load(FIRST + run), tl.minimum(tl.load(STOP + run), Nk)
+        begin = tl.maximum(0, tl.min(first_i)) // BLOCK_K * BLOCK_K
+        end = tl.max(stop_i)
+    keys_per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_K), splits) * BLOCK_K
+    start = begin + split * keys_per_split
+    stop = tl.minimum(end, start + keys_per_split)
     if CAUSAL:  # and no further than the last query of the tile sees
         last = tl.minimum(Nq - 1, (i + BLOCK_Q - 1) // GROUP)
         stop = tl.minimum(stop, last + 1 + Nk - Nq)
@@ -108,6 +131,8 @@ def decode_kernel(
         visible = (cols < Nk)[None, :]
         if CAUSAL:
             visible = visible & (cols[None, :] <= queries[:, None] + Nk - Nq)
+        if FIRST is not None:
+            visible = (cols[None, :] >= first_i[:, None]) & (cols[None, :] < stop_i[:, None])
         s_ij = tl.where(visible, s_ij, float("-inf"))
 
         m_new = tl.maximum(m_i, tl.max(s_ij, 1))
@@ -171,7 +196,7 @@ def merge_kernel(
 
 
 @triton_mode.on_its_card
-def forward(q, k, v, problem, scale, machine, tile, splits):
+def forward(q, k, v, problem, scale, machine, tile, splits, runs=None):
     """o (B, H, Nq, D) and lse (B, H, Nq), by a program for each row tile and split of a key head.
 
     Parallel over splits too: no two programs write the same row of the same split.
@@ -184,10 +209,10 @@ def forward(q, k, v, problem, scale, machine, tile, splits):
     q = packed(q, H_kv)
     o = empty_like(q)
     if splits == 1:  # nothing to merge
-        attend(q, k, v, o, lse, 1, problem, scale, machine, tile)
+        attend(q, k, v, o, lse, 1, problem, scale, machine, tile, runs)
     else:
         o_split, lse_split = scratch(q, splits, machine)
-        attend(q, k, v, o_split, lse_split, splits, problem, scale, machine, tile)
+        attend(q, k, v, o_split, lse_split, splits, problem, scale, machine, tile, runs)
         merge(o_split, lse_split, o, lse, splits, problem, machine)
     return unpacked(o.to(q.dtype), H).contiguous(), unpacked(lse, H).contiguous()
 
@@ -216,16 +241,17 @@ def scratch(q, splits, machine):
     return o_split[..., :D], lse_split[..., 0]
 
 
-def attend(q, k, v, o, lse, splits, problem, scale, machine, tile):
+def attend(q, k, v, o, lse, splits, problem, scale, machine, tile, runs):
     """Write o and lse of every split; of one split, the results themselves."""
     (B, H_kv, n_rows, D), Nk = q.shape, k.shape[2]
     Q, O = tiles_of(q, tile.block_q), tiles_of(o, tile.block_q)
     K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
     written = dict(o=O, lse=lse) if splits == 1 else dict(o_split=o, lse_split=lse)
-    keys_per_split = triton.cdiv(triton.cdiv(Nk, tile.block_k), splits) * tile.block_k
-    with counted(machine, "decode", problem, q=Q, k=K, v=V, **written):
+    first, stop = runs or (None, None)
+    read = dict(q=Q, k=K, v=V) | ({} if runs is None else dict(first=first, stop=stop))
+    with counted(machine, "decode", problem, **read, **written):
         decode_kernel[(triton.cdiv(n_rows, tile.block_q) * B * H_kv * splits,)](
-            Q, K, V, O, lse, scale, H_kv, problem.Nq, Nk, splits, keys_per_split,
+            Q, K, V, O, lse, first, stop, scale, H_kv, problem.Nq, Nk, splits,
             GROUP=problem.group, COLUMNS=columns(D), CAUSAL=problem.causal,
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -243,3 +269,31 @@ def merge(o_split, lse_split, o, lse, splits, problem, machine):
             o_split, lse_split, O, lse, H_kv, n_rows, splits, D, o_split.stride(2),
             COLUMNS=columns(D), BLOCK_Q=block_q, BLOCK_SPLITS=block_splits,
         )  # fmt: skip
+
+
+# The same as an operator, which torch.compile takes whole. A tile size or number of splits of 0 is
+# that for the card.
+
+
+@torch.library.custom_op("flashedu::decode", mutates_args=())
+def decode_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    first: torch.Tensor | None, stop: torch.Tensor | None,
+    causal: bool, scale: float, block_q: int, block_k: int, splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`forward`, as an operator."""
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    problem = Problem(
+        B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=causal
+    )
+    tile = tile_for_call(q, problem, block_q, block_k)
+    runs = None if first is None else Runs(first, stop)
+    splits = splits or splits_for_call(q, problem, tile)
+    return forward(q, k, v, problem, scale, UNCOUNTED, tile, splits, runs)
+
+
+@decode_op.register_fake
+def _(q, k, v, *rest):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        q.shape[:3], dtype=torch.float32
+    )

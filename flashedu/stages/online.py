@@ -23,23 +23,29 @@ from flashedu.memory.machine import UNCOUNTED
 from flashedu.stages.contract import check
 
 
-def attention(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, machine=None):
+def attention(
+    q, k, v, *, causal=False, scale=None, runs=None, block_q=128, block_k=64, machine=None
+):
     """softmax(scale · q kᵀ) v in one pass over k and v; differentiable.
 
     q: (B, H, Nq, D). k, v: (B, H_kv, Nk, D), H a multiple of H_kv. float16, bfloat16, float32 or
     float64, on one device.
     causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
+    runs: the keys that each query sees, where it is not all or a causal mask, as
+    `flashedu.stages.runs` makes them; or None.
     scale: 1/√D if None. block_q, block_k: queries and keys in a tile.
     machine: a `Machine` that counts, forward and backward, or None.
     Returns o: (B, H, Nq, D), of q's dtype.
     Raises TypeError or ValueError for inputs outside this contract, and SRAMOverflow if the tiles
     do not fit the machine.
     """
-    options = dict(causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine)
-    return attention_with_lse(q, k, v, **options)[0]
+    options = dict(causal=causal, scale=scale, runs=runs, block_q=block_q, block_k=block_k)
+    return attention_with_lse(q, k, v, **options, machine=machine)[0]
 
 
-def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=128, block_k=64, machine=None):
+def attention_with_lse(
+    q, k, v, *, causal=False, scale=None, runs=None, block_q=128, block_k=64, machine=None
+):
     """As `attention`; returns o and lse.
 
     lse: (B, H, Nq), the natural log of Σ exp(scale · q kᵀ) over the keys that a query sees, −inf
@@ -47,12 +53,12 @@ def attention_with_lse(q, k, v, *, causal=False, scale=None, block_q=128, block_
     """
     problem, scale = check(
         "online", q, k, v,
-        causal=causal, scale=scale, block_q=block_q, block_k=block_k, machine=machine,
+        causal=causal, scale=scale, runs=runs, block_q=block_q, block_k=block_k, machine=machine,
     )  # fmt: skip
-    return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED)
+    return _Attention.apply(q, k, v, problem, scale, machine or UNCOUNTED, runs)
 
 
-def forward(q, k, v, problem, scale, machine):
+def forward(q, k, v, problem, scale, machine, runs=None):
     """o (B, H, Nq, D) and lse (B, H, Nq). No query tile needs another."""
     Nq, Nk, causal = problem.Nq, problem.Nk, problem.causal
     hbm, sram, matmul = machine.hbm, machine.sram, machine.matmul
@@ -77,8 +83,8 @@ def forward(q, k, v, problem, scale, machine):
                 k_j, v_j = K.load(j), V.load(j)  # (B, H, block_k, D)
                 s_ij = scale * matmul(q_i, k_j.mT)  # (B, H, block_q, block_k)
                 sram.hold(s_ij=s_ij)
-                if causal:
-                    hidden = _hidden(i, j, problem, q.device)
+                if causal or runs:
+                    hidden = _hidden(i, j, runs, problem, q.device)
                     s_ij = s_ij.masked_fill(hidden, -torch.inf)
 
                 m_new = torch.maximum(m_i, s_ij.amax(-1, keepdim=True))
@@ -95,7 +101,7 @@ def forward(q, k, v, problem, scale, machine):
     return O.data, LSE.data[..., 0]
 
 
-def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
+def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, runs=None):
     """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), which may be None.
 
     A key tile stays in SRAM, with its dk and dv, while the query tiles that see it pass
@@ -139,8 +145,8 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
                     lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # p = 0
 
                     s_ij = scale * matmul(q_i, k_j.mT)  # (B, H_kv, block_q, block_k)
-                    if problem.causal:
-                        hidden = _hidden(i, j, problem, q.device)
+                    if problem.causal or runs:
+                        hidden = _hidden(i, j, runs, problem, q.device)
                         s_ij = s_ij.masked_fill(hidden, -torch.inf)
                     p_ij = torch.exp(s_ij - lse_i)
                     dp_ij = matmul(do_i, v_j.mT)
@@ -161,10 +167,16 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine):
     return DQ.data, DK.data, DV.data
 
 
-def _hidden(i, j, problem, device):
-    """True where a key of tile j lies in the future of a query of tile i."""
-    queries = torch.arange(i.start, i.stop, device=device)[:, None]
+def _hidden(i, j, runs, problem, device):
+    """True where a query of tile i does not see a key of tile j: in its future, or not of its run.
+
+    (block_q, block_k), or with runs (B, 1, block_q, block_k).
+    """
     keys = torch.arange(j.start, j.stop, device=device)
+    if runs:
+        first_i, stop_i = (x[:, None, i, None] for x in runs)
+        return (keys < first_i) | (keys >= stop_i)
+    queries = torch.arange(i.start, i.stop, device=device)[:, None]
     return keys > queries + problem.Nk - problem.Nq
 
 
@@ -172,11 +184,11 @@ class _Attention(torch.autograd.Function):
     """Hands `forward` and `backward` to PyTorch. Saved for the backward: O(N), never S or P."""
 
     @staticmethod
-    def forward(ctx, q, k, v, problem, scale, machine):
+    def forward(ctx, q, k, v, problem, scale, machine, runs):
         with torch.autocast(q.device.type, enabled=False):  # the precision is ours to choose
-            o, lse = forward(q, k, v, problem, scale, machine)
+            o, lse = forward(q, k, v, problem, scale, machine, runs)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.rest = problem, scale, machine
+        ctx.rest = problem, scale, machine, runs
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -190,4 +202,4 @@ class _Attention(torch.autograd.Function):
         do = torch.zeros_like(o) if do is None else do
         with torch.autocast(q.device.type, enabled=False):
             gradients = backward(do, dlse, q, k, v, o, lse, *ctx.rest)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
