@@ -205,6 +205,18 @@ def _launch_flash2(q: Any, problem: Problem, tiles: Any) -> None:
     flash2.backward(o, None, q, q, q, o, lse, problem, 1.0, UNCOUNTED, tiles)
 
 
+def _launch_varlen(q: Any, problem: Problem, tiles: Any) -> None:
+    import torch
+
+    from flashedu.stages import varlen
+
+    o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    first = stop = q.new_empty(problem.B, problem.Nq, dtype=torch.int32)
+    varlen.forward(q, q, q, first, stop, problem, 1.0, UNCOUNTED, tiles.forward)
+    runs = first, stop
+    varlen.backward(o, None, q, q, q, o, lse, *runs, problem, 1.0, UNCOUNTED, tiles)
+
+
 def _launch_decode(q: Any, problem: Problem, tiles: Any) -> None:
     """The last query of 8 heads a key head."""
     from flashedu.stages import decode, triton_mode
@@ -238,6 +250,7 @@ def _launch_paged(q: Any, problem: Problem, tiles: Any) -> None:
 LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "flash1": _launch_flash1,
     "flash2": _launch_flash2,
+    "varlen": _launch_varlen,
     "decode": _launch_decode,
     "paged": _launch_paged,
 }

@@ -90,13 +90,15 @@ def attention_with_lse(
 @triton.jit
 def decode_kernel(
     Q, K, V, O, LSE, FIRST, STOP, scale, H_kv, Nq, Nk, splits,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of packed rows, over one split of the keys of their head.
 
-    FIRST, STOP: the runs, (B, Nq), or None.
+    FIRST, STOP: the runs, (B, Nq), or None. EARLY: the merge may start, and wait for the results.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     n_rows = Nq * GROUP
@@ -154,12 +156,14 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     O_SPLIT, LSE_SPLIT, O, LSE, H_kv, n_rows, splits, D, width,
-    COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of packed rows, from those of its splits.
 
-    width: from a row of O_SPLIT to the next.
+    width: from a row of O_SPLIT to the next. EARLY: it starts before the splits are done.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     O = in_tiles(O, BLOCK_Q, COLUMNS)
     tiles = tl.cdiv(n_rows, BLOCK_Q)
     i, head = tl.program_id(0) % tiles * BLOCK_Q, tl.program_id(0) // tiles
@@ -253,6 +257,7 @@ def attend(q, k, v, o, lse, splits, problem, scale, machine, tile, runs):
         decode_kernel[(triton.cdiv(n_rows, tile.block_q) * B * H_kv * splits,)](
             Q, K, V, O, lse, first, stop, scale, H_kv, problem.Nq, Nk, splits,
             GROUP=problem.group, COLUMNS=columns(D), CAUSAL=problem.causal,
+            EARLY=splits > 1 and triton_mode.starts_early(q),
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -262,12 +267,13 @@ def merge(o_split, lse_split, o, lse, splits, problem, machine):
     """Write o and lse from those of the splits, by a program for each row or tile of rows."""
     B, H_kv, n_rows, D = o.shape
     block_q, block_splits = merged_at_once(splits, columns(D))
-    O = tiles_of(o, block_q)
+    O, early = tiles_of(o, block_q), triton_mode.starts_early(o)
     arrays = dict(o_split=o_split, lse_split=lse_split, o=O, lse=lse)
     with counted(machine, "decode merge", problem, **arrays):
         merge_kernel[(triton.cdiv(n_rows, block_q) * B * H_kv,)](
             o_split, lse_split, O, lse, H_kv, n_rows, splits, D, o_split.stride(2),
-            COLUMNS=columns(D), BLOCK_Q=block_q, BLOCK_SPLITS=block_splits,
+            COLUMNS=columns(D), EARLY=early, BLOCK_Q=block_q, BLOCK_SPLITS=block_splits,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 

@@ -116,6 +116,12 @@ def has_tma(x: torch.Tensor) -> bool:
     return (capability(x) or (9, 0)) >= (9, 0)
 
 
+def starts_early(x: torch.Tensor) -> bool:
+    """Whether a kernel can start while the one before it ends, and wait there for its results: on
+    Hopper and later cards (CUDA's programmatic dependent launch)."""
+    return not INTERPRETED and (capability(x) or (0, 0)) >= (9, 0)
+
+
 def check(stage: str, q: torch.Tensor, machine: Any) -> None:
     """Raise ValueError, with a sentence, if kernels cannot reach q, or `machine` cannot count.
 
