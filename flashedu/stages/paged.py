@@ -84,10 +84,12 @@ def attention_with_lse(
 @triton.jit
 def paged_kernel(
     Q, K, V, O, LSE, TABLE, LENGTHS, scale, H_kv, Nq, max_pages, splits,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of packed rows, over one split of the keys of their sequence."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
     K, V = in_tiles(K, BLOCK_K, COLUMNS), in_tiles(V, BLOCK_K, COLUMNS)
     n_rows = Nq * GROUP
@@ -158,6 +160,7 @@ def forward(q, k, v, block_table, lengths, problem, scale, machine, tile, splits
             Q, K, V, O, lse_split, block_table, lengths, scale, H_kv, Nq,
             block_table.shape[1], splits,
             PAGE=page_size, GROUP=problem.group, COLUMNS=columns(problem.D),
+            EARLY=splits > 1 and triton_mode.starts_early(q),
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
