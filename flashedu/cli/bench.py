@@ -25,10 +25,13 @@ from flashedu.cli.output import print_parts, progress, write
 bench = typer.Typer(cls=Group, add_completion=False)
 
 # bench.cases, without its imports
-BENCH_SECTIONS = "speed, flash1, memory, standard, short, decode"
+BENCH_SECTIONS = (
+    "speed, flash1, memory, standard, short, decode, flash-decoding, paged, varlen, model"
+)
 BENCH_PEERS = (
     "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math, "
-    "decode, copy"
+    "decode, copy, paged-16, paged-64, paged-256, varlen, padded, padded-flash2, padded-mask, "
+    "unmasked, one-by-one, torch-varlen, hf-flashedu, hf-sdpa, hf-eager"
 )
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
