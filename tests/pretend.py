@@ -13,10 +13,11 @@ from flashedu.bench.run import spread, summary
 RATE = {"flash2": 520, "flash1": 230, "standard": 60, "sdpa-flash": 330, "sdpa-cudnn": 590,
         "sdpa-efficient": 170, "flex": 380, "sdpa-math": 40}  # fmt: skip
 RATE |= {"varlen": 430, "padded": 150, "padded-flash2": 180, "padded-mask": 90, "unmasked": 150,
-         "one-by-one": 280, "torch-varlen": 320,
-         "hf-flashedu": 410, "hf-sdpa": 400, "hf-eager": 90}  # fmt: skip
-TB_PER_S = {"paged-16": 2.1, "paged-64": 3.3, "paged-256": 3.5, "standard": 0.1, "decode": 3.6, "flash2": 0.1, "sdpa-flash": 2.9, "sdpa-cudnn": 3.1,
-            "sdpa-efficient": 0.2, "sdpa-math": 0.4, "copy": 4.1}  # fmt: skip
+         "one-by-one": 280, "torch-varlen": 320, "hf-flashedu": 410, "hf-sdpa": 400,
+         "hf-eager": 90}  # fmt: skip
+TB_PER_S = {"decode": 3.6, "flash2": 0.1, "sdpa-flash": 2.9, "sdpa-cudnn": 3.1,
+            "sdpa-efficient": 0.2, "sdpa-math": 0.4, "copy": 4.1, "standard": 0.1,
+            "paged-16": 2.1, "paged-64": 3.3, "paged-256": 3.5}  # fmt: skip
 MEMORY = 141 * 10**9
 HEAD = {
     "kind": "attention", "date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA H200",

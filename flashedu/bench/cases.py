@@ -295,17 +295,18 @@ def draw_lengths(seed: int, shortest: int, longest: int, count: int) -> tuple[in
 def _model(choice: Choice) -> Iterator[ModelCase]:
     """A small Llama: a forward over a long text, and tokens written after prompts."""
     peers = ("hf-flashedu", "hf-sdpa", "hf-eager")
-    shape = {"D": 128, "layers": 8, "intermediate": 5632, "vocabulary": 32000}
-    forward, prompt, new_tokens, shorter = 8192, 2048, 128, 64
+    text = ModelCase("model", "fwd", peers, B=1, N=8192, H=16, H_kv=16, D=128, layers=8,
+                     intermediate=5632, vocabulary=32000, dtype=choice.dtype)  # fmt: skip
+    written = replace(text, B=4, N=2048, H_kv=4, new_tokens=128, shorter=64, mode="direct")
     if choice.quick:
-        shape |= {"layers": 2, "intermediate": 512, "vocabulary": 1000}
-        forward, prompt, new_tokens, shorter = 512, 128, 8, 16
-    rest = {**shape, "dtype": choice.dtype}
-    for H_kv in (16, 4):
-        yield ModelCase("model", "fwd", peers, B=1, N=forward, H=16, H_kv=H_kv, **rest)
-    for pass_, n in (("prefill", 1), ("generate", new_tokens)):
-        yield ModelCase("model", pass_, peers, B=4, N=prompt, H=16, H_kv=4, **rest,
-                        new_tokens=n, shorter=shorter, mode="direct")  # fmt: skip
+        text, written = (
+            replace(x, layers=2, intermediate=512, vocabulary=1000, N=N, new_tokens=n, shorter=16)
+            for x, N, n in ((text, 512, 0), (written, 128, 8))
+        )
+    yield text
+    yield replace(text, H_kv=4)
+    yield replace(written, pass_="prefill", new_tokens=1)
+    yield replace(written, pass_="generate")
 
 
 SECTIONS: dict[str, Callable[[Choice], Iterator[AnyCase]]] = {

@@ -41,7 +41,7 @@ def llama(case: ModelCase, device: str, seed: int) -> Any:
         head_dim=case.D, num_hidden_layers=case.layers, intermediate_size=case.intermediate,
         vocab_size=case.vocabulary, max_position_embeddings=case.N + case.new_tokens,
         initializer_range=(case.H * case.D) ** -0.5,  # each product keeps the size of its rows
-        pad_token_id=PAD, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)

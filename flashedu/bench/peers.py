@@ -86,7 +86,7 @@ def _standard(p: Problem, device: str) -> Attention:
 
 
 def _sdpa(p: Problem, device: str) -> Attention:
-    options = {"is_causal": p.causal, "enable_gqa": p.group > 1}
+    options: dict[str, Any] = {"is_causal": p.causal, "enable_gqa": p.group > 1}
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, **options)
 
 
@@ -131,7 +131,12 @@ def _paged(page_size: int) -> Peer:
         from flashedu.stages import paged
 
         return lambda q, k, v, table, lengths: paged.attention(
-            q, k, v, table, lengths, check=False  # as an engine, which made the table itself
+            q,
+            k,
+            v,
+            table,
+            lengths,
+            check=False,  # as an engine, which made the table itself
         )
 
     return Peer(f"paged-{page_size}", prepare, backward=False, layout=_in_pages(page_size))
@@ -201,7 +206,10 @@ def _masked(p: Problem, device: str) -> Attention:
 def _one_by_one(p: Problem, device: str) -> Attention:
     def attention(q: Any, k: Any, v: Any, lengths: Sequence[int]) -> Any:
         each = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
-        done = [scaled_dot_product_attention(*qkv, is_causal=p.causal) for qkv in each]
+        done = [
+            scaled_dot_product_attention(q_b, k_b, v_b, is_causal=p.causal)
+            for q_b, k_b, v_b in each
+        ]
         return torch.cat(done, 2)
 
     return attention
@@ -215,7 +223,8 @@ def _torch_varlen(p: Problem, device: str) -> Attention:
     """PyTorch's own attention over packed sequences, which is new and has changed its arguments."""
     from torch.nn.attention.varlen import varlen_attn
 
-    takes, causal = inspect.signature(varlen_attn).parameters, {}
+    takes = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {}
     if p.causal:
         causal = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
     return lambda q, k, v, ends, longest: varlen_attn(
@@ -227,12 +236,14 @@ def _tokens_first(case: Case, inputs: Sequence[Any]) -> Layout:
     """(total, heads, D), and where each sequence ends."""
     ends = torch.tensor([0, *case.lengths]).cumsum(0).to(inputs[0].device, torch.int32)
     tokens = [x[0].transpose(0, 1).contiguous() for x in inputs]
-    return Layout(case.problem, tokens, (ends, max(case.lengths)), lambda x: x.transpose(0, 1)[None])
+    return Layout(
+        case.problem, tokens, (ends, max(case.lengths)), lambda x: x.transpose(0, 1)[None]
+    )
 
 
 _FLASH = _by(SDPBackend.FLASH_ATTENTION)
 
-PEERS: tuple[AnyPeer, ...] = (
+ATTENTIONS = (
     _stage("flash2"),
     _stage("flash1"),
     Peer("standard", _standard),
@@ -251,7 +262,10 @@ PEERS: tuple[AnyPeer, ...] = (
     Peer("unmasked", _sdpa, around=_FLASH, layout=_padded, attends=False),
     Peer("one-by-one", _one_by_one, around=_FLASH, layout=_with_lengths),
     Peer("torch-varlen", _torch_varlen, layout=_tokens_first),
+)
+MODELS = (
     ModelPeer("hf-flashedu", "FlashEdu"),
     ModelPeer("hf-sdpa", "sdpa"),
     ModelPeer("hf-eager", "eager"),
 )
+PEERS: tuple[AnyPeer, ...] = (*ATTENTIONS, *MODELS)

@@ -34,6 +34,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "traffic":
         yield from _traffic(record)
         return
+    if data["kind"] == "sanitizer":
+        yield from _sanitizer(record)
+        return
     fwd_bwd = ("D", "causal", "pass")
     yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
     yield from _section(record, "flash1", ("causal", "N"), {"B·H": _heads}, _rate, ("flash1",))
@@ -63,7 +66,7 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if varlen := record.cases("varlen"):
         yield Text(_about_varlen(varlen[0]))
     for cell in (_time, _memory):
-        sizes = {"B": _b, "N": _n, "q/kv": _groups}
+        sizes: dict[str, Callable[[Case], str]] = {"B": _b, "N": _n, "q/kv": _groups}
         yield from _section(record, "model", ("pass",), sizes, cell, ("hf-sdpa", "hf-eager"),
                             ours="hf-flashedu")  # fmt: skip
     if model := record.cases("model"):
@@ -78,7 +81,8 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if used:
         yield Text(
             f"\nBefore it was timed, each result was checked against float64 (that of a model "
-            f"against float32): at most {max(used):.0%} of its error budget was used. Speeds are medians. The last columns "
+            f"against float32): at most {max(used):.0%} of its error budget was used. Speeds are "
+            f"medians. The last columns "
             f"are flash2's speed over the other's, in the later sections that of decode, varlen "
             f"and FlashEdu, taken within each round: the median ± half of what lies between the "
             f"10th and the 90th percentile. For memory, the other's over ours."
@@ -333,6 +337,32 @@ def _traffic(record: Record) -> Iterator[RenderableType]:
     for case in record.data["cases"]:
         if case["why"]:
             yield Text(f"{PEERS[case['peer']]}, {case['pass']}, N {case['N']}: {case['why']}")
+
+
+def _sanitizer(record: Record) -> Iterator[RenderableType]:
+    """A row for each tool, what it said, and what did not run."""
+    table = _table()
+    for head in ("tool", "launches", "with wrong input", "errors", "warnings", "planted, found"):
+        table.add_column(head, justify="left" if head == "tool" else "right")
+    for case in record.data["cases"]:
+        planted = case["planted"].values()
+        table.add_row(
+            case["section"], str(len(case["runs"])),
+            str(sum(run["astray"] is not None for run in case["runs"])),
+            str(case["errors"]), str(case["warnings"]),
+            f"{sum(told['errors'] > 0 for told in planted)} of {len(planted)}",
+        )  # fmt: skip
+    yield table
+    for case in record.data["cases"]:
+        for line in case["first"]:
+            yield Text(f"{case['section']}: {line}")
+        for mistake, told in case["planted"].items():
+            found = told["first"][0] if told["first"] else "not found"
+            yield Text(f"{case['section']}, planted {mistake}: {found}")
+        for run in case["runs"]:
+            if run["why"]:
+                astray = f", {run['astray']}" if run["astray"] else ""
+                yield Text(f"{case['section']}, {PEERS[run['peer']]}{astray}: {run['why']}")
 
 
 def _mib(n_bytes: int) -> str:
