@@ -23,6 +23,7 @@ from flashedu.memory import Problem
 OnCase = Callable[[int, int, str], None]  # number, of how many, what
 SCORES_AT_ONCE = 2**25  # of one head, in float64: 256 MiB a matrix
 OUT_OF_MEMORY = "out of memory"
+OF_HEAD = {"o": "q", "dq": "q", "dk": "k", "dv": "k"}  # whose heads a result has
 
 
 def run(
@@ -186,8 +187,9 @@ class Attempt:
 class Check:
     """Some heads of a case, held against float64 in every row by the error budget of the course.
 
-    Two heads: one drawn from `seed`, and the last one, whose addresses are the largest. `lengths`:
-    of sequences one behind another, each of which is held against its own.
+    Two heads: one drawn from `seed`, and the last one, whose addresses are the largest; with
+    gradients, all heads that share their key head. `lengths`: of sequences one behind another, each
+    of which is held against its own.
     """
 
     def __init__(
@@ -197,31 +199,37 @@ class Check:
         heads = {random.Random(seed).randrange(p.B * p.H), p.B * p.H - 1}
         self.heads = [divmod(head, p.H) for head in sorted(heads)]
         self._names = ("o", "dq", "dk", "dv") if gradients else ("o",)
-        self._lengths = lengths
+        self._group, self._lengths = p.group, lengths
         self._truths = []
-        for b, h, rows in self._parts():
-            q, k, v, do = (
-                x[b : b + 1, g : g + 1, rows]
-                for x, g in zip(inputs, (h, h // p.group, h // p.group, h), strict=True)
-            )
+        for part in self._parts():
+            q, k, v, do = (x[part[of]] for x, of in zip(inputs, "qkkq", strict=True))
             do, at_once = do if gradients else None, max(64, SCORES_AT_ONCE // max(1, k.shape[2]))
             self._truths.append(testing.truth(q, k, v, do, causal=p.causal, rows=at_once))
 
     def errors(self, results: Mapping[str, Any]) -> dict[str, testing.Error]:
         """The worst error of each result, beside its budget."""
         found: dict[str, testing.Error] = {}
-        for (b, h, rows), truth in zip(self._parts(), self._truths, strict=True):
-            part = {name: results[name][b : b + 1, h : h + 1, rows] for name in self._names}
-            for name, error in truth.errors(part).items():
+        for part, truth in zip(self._parts(), self._truths, strict=True):
+            got = {name: results[name][part[OF_HEAD[name]]] for name in self._names}
+            for name, error in truth.errors(got).items():
                 if name not in found or not error.within or error.error > found[name].error:
                     found[name] = error
         return found
 
-    def _parts(self) -> Iterator[tuple[int, int, slice]]:
-        """b, h, and the rows of one sequence; the last one's are all that are left."""
+    def _parts(self) -> Iterator[dict[str, tuple[slice, slice, slice]]]:
+        """What belongs together of arrays with q's heads, and of those with k's.
+
+        The rows of one sequence, all that are left for the last.
+        """
         starts = [0, *itertools.accumulate(self._lengths[:-1])]
-        rows = [slice(*part) for part in itertools.pairwise([*starts, None])]
-        return ((b, h, part) for b, h in self.heads for part in rows)
+        for b, h in self.heads:
+            g = h // self._group
+            mine = slice(h, h + 1)
+            if len(self._names) > 1:  # dk and dv are sums over the group
+                mine = slice(g * self._group, (g + 1) * self._group)
+            for rows in itertools.starmap(slice, itertools.pairwise([*starts, None])):
+                yield {"q": (slice(b, b + 1), mine, rows),
+                       "k": (slice(b, b + 1), slice(g, g + 1), rows)}  # fmt: skip
 
     def __str__(self) -> str:
         heads = " and ".join(f"(b {b}, h {h})" for b, h in self.heads)

@@ -362,7 +362,7 @@ def _sanitizer(record: Record) -> Iterator[RenderableType]:
         for run in case["runs"]:
             if run["why"]:
                 astray = f", {run['astray']}" if run["astray"] else ""
-                yield Text(f"{case['section']}, {PEERS[run['peer']]}{astray}: {run['why']}")
+                yield Text(f"{case['section']}, {run['peer']}{astray}: {run['why']}")
 
 
 def _mib(n_bytes: int) -> str:
