@@ -6,14 +6,18 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flashedu.bench.cases import SECTIONS, Case, Choice, plan
+from flashedu.bench.cases import SECTIONS, AnyCase, Choice, ModelCase, plan
 from flashedu.bench.record import Record
 from flashedu.bench.run import spread, summary
 
 RATE = {"flash2": 520, "flash1": 230, "standard": 60, "sdpa-flash": 330, "sdpa-cudnn": 590,
         "sdpa-efficient": 170, "flex": 380, "sdpa-math": 40}  # fmt: skip
+RATE |= {"varlen": 430, "padded": 150, "padded-flash2": 180, "padded-mask": 90, "unmasked": 150,
+         "one-by-one": 280, "torch-varlen": 320, "hf-flashedu": 410, "hf-sdpa": 400,
+         "hf-eager": 90}  # fmt: skip
 TB_PER_S = {"decode": 3.6, "flash2": 0.1, "sdpa-flash": 2.9, "sdpa-cudnn": 3.1,
-            "sdpa-efficient": 0.2, "sdpa-math": 0.4, "copy": 4.1}  # fmt: skip
+            "sdpa-efficient": 0.2, "sdpa-math": 0.4, "copy": 4.1, "standard": 0.1,
+            "paged-16": 2.1, "paged-64": 3.3, "paged-256": 3.5}  # fmt: skip
 MEMORY = 141 * 10**9
 HEAD = {
     "kind": "attention", "date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA H200",
@@ -30,12 +34,13 @@ def record(sections: tuple[str, ...] = tuple(SECTIONS), rounds: int = 5) -> Reco
     return Record(Path("pretend.json"), {**HEAD, "planned": len(cases), "cases": made})
 
 
-def _case(case: Case, rounds: int, rng: random.Random) -> dict[str, Any]:
-    p = case.problem
-    scores = 2 * p.B * p.H * p.Nq * p.Nk
+def _case(case: AnyCase, rounds: int, rng: random.Random) -> dict[str, Any]:
+    sizes = case.sizes
+    rows = 2 * sizes["B"] * sizes["H"] * sizes["Nq"]
+    values, scores = rows * sizes["D"], rows * sizes["N"]
     times, runs = {}, []
     for name in case.peers:
-        extra = 5 * 2 * p.B * p.H * p.Nq * p.D + (2 * scores if name == "standard" else 0)
+        extra = 5 * values + (2 * scores if name in ("standard", "hf-eager") else 0)
         why = "out of memory" if extra > MEMORY else None
         if case.timed and why is None:
             times[name] = [_seconds(case, name) * rng.uniform(0.97, 1.05) for _ in range(rounds)]
@@ -52,15 +57,16 @@ def _case(case: Case, rounds: int, rng: random.Random) -> dict[str, Any]:
             if mine and other != entry["peer"]
         }
     return {
-        "section": case.section, "B": p.B, "H": p.H, "H_kv": p.H_kv, "Nq": p.Nq, "D": p.D,
-        "dtype": p.dtype, "causal": p.causal, "N": p.Nk, "pass": case.pass_, "mode": case.mode,
+        "section": case.section, **sizes, "pass": case.pass_, "mode": case.mode,
         "flops": case.flops, "bytes": case.bytes, "seed": 0, "checked": "nothing", "runs": runs,
     }  # fmt: skip
 
 
-def _seconds(case: Case, name: str) -> float:
+def _seconds(case: AnyCase, name: str) -> float:
+    if isinstance(case, ModelCase):
+        return case.flops / (RATE[name] * 1e12) + 0.004 * case.new_tokens
     p = case.problem
-    if case.section == "decode":
+    if case.section in ("decode", "flash-decoding", "paged"):
         return case.bytes / (TB_PER_S[name] * 1e12) + 5e-6
     rate = RATE[name] * p.Nq / (p.Nq + 700) * (0.9 if case.pass_ != "fwd" else 1)
     rate *= 0.85 if p.D == 64 else 1

@@ -141,6 +141,52 @@ def test_an_unchecked_table_gives_the_same_bits() -> None:
     assert torch.equal(call(made, splits=3, check=False).o, call(made, splits=3).o)
 
 
+def changed(made: dict[str, Any], name: str, change: Any) -> dict[str, Any]:
+    x = made[name]
+    return {**made, name: change(x)}
+
+
+def put(index: Any, value: int) -> Any:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+ASTRAY = {
+    "more keys than pages": ("lengths", put(3, 161)),
+    "far more keys than pages": ("lengths", put(3, 2**31 - 1)),
+    "less than no keys": ("lengths", put(1, -(2**31))),
+    "a page that is not there": ("block_table", put((0, 2), 40)),
+    "a page far away": ("block_table", put((0, 0), 2**31 - 1)),
+    "a page below 0": ("block_table", put((3, 0), -1)),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), ASTRAY.values(), ids=ASTRAY)
+def test_a_wrong_table_unchecked_leads_to_no_address_outside_the_arrays(
+    name: str, change: Any
+) -> None:
+    """A `Machine` raises for an address that no array has; the right sequences stay right."""
+    made = cache(P, LENGTHS)
+    astray = changed(made, name, change)
+    got = call(astray, check=False, splits=2, machine=Machine())
+    right = [b for b in range(4) if torch.equal(astray[name][b], made[name][b])]
+    assert len(right) == 3
+    assert torch.equal(got.o[right], call(made, splits=2).o[right])
+
+
+def test_the_machine_sees_a_kernel_that_trusts_the_lengths() -> None:
+    trusting = ("tl.minimum(tl.maximum(0, tl.load(LENGTHS + b)), max_pages * PAGE)",
+                "tl.load(LENGTHS + b)")  # fmt: skip
+    module = mutated("flashedu.stages.paged", (trusting,))
+    made = changed(cache(P, LENGTHS), "lengths", put(3, 161))
+    with pytest.raises(Exception, match="a load at an address that no array has"):
+        call(made, module, check=False, splits=1, machine=Machine())
+
+
 MISTAKES = [
     ("the table is left out", "K.load([page, h, j % PAGE, 0])",
      "K.load([j // PAGE, h, j % PAGE, 0])"),
@@ -175,20 +221,6 @@ def test_the_same_mechanism_passes_the_stage_itself() -> None:
 
 
 # what does not fit
-
-
-def changed(made: dict[str, Any], name: str, change: Any) -> dict[str, Any]:
-    x = made[name]
-    return {**made, name: change(x)}
-
-
-def put(index: Any, value: int) -> Any:
-    def change(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        x[index] = value
-        return x
-
-    return change
 
 
 BAD = {

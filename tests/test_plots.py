@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from flashedu import plots
-from flashedu.bench.cases import PEERS
+from flashedu.bench.cases import DRAWN
 from flashedu.memory import GPUS, Machine, Problem, gpu
 from flashedu.plots import style
 from flashedu.stages import LADDER, RUNGS, naive, tiled
@@ -235,9 +235,9 @@ def test_a_line_of_memory_ends_where_memory_did(recorded):
 
 @pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
 def test_every_peer_has_a_grey_a_marker_and_a_line_of_its_own(look):
-    assert set(style.PEER_LINE) == set(look.peer) == set(PEERS)
-    assert len({marker for marker, _ in style.PEER_LINE.values()}) == len(PEERS)
+    assert set(style.PEER_LINE) == set(look.peer) == set(DRAWN)
+    assert len({marker for marker, _ in style.PEER_LINE.values()}) == len(DRAWN)
     lines = {(look.peer[peer], dashes) for peer, (_, dashes) in style.PEER_LINE.items()}
-    assert len(lines) == len(PEERS)
+    assert len(lines) == len(DRAWN)
     greys = sorted({luminance(grey) for grey in look.peer.values()})
     assert all(b - a > 0.05 for a, b in itertools.pairwise(greys))

@@ -1,7 +1,7 @@
 """What the papers say, beside what was recorded here: ratios, as times belong to a card.
 
 Sources: FlashAttention (arXiv 2205.14135), FlashAttention-2 (arXiv 2307.08691), FlashAttention-3
-(arXiv 2407.08608).
+(arXiv 2407.08608), Flash-Decoding (PyTorch blog, October 2023).
 """
 
 from __future__ import annotations
@@ -53,6 +53,40 @@ def claims(card: str = "H200", *, folder: Path | None = None) -> list[Claim]:
 
     return list(_claims(newest("speed"), newest("memory"), newest("flash1"),
                         newest(kind="traffic"), gpu(card.lower()).tensor_flops_per_s))  # fmt: skip
+
+
+# B, Nk → µs on an A100: PyTorch's eager formula, FlashAttention 2.0.9, Flash-Decoding. float16, one
+# query, 16 heads on 2 key heads, D 128.
+FLASH_DECODING = {
+    (256, 256): (3058.6, 390.5, 63.4),
+    (8, 8192): (3173.1, 529.2, 56.4),
+    (1, 65536): (1335.6, 2300.6, 64.4),
+    (1, 131072): (2664.0, 4592.2, 106.6),
+}
+
+
+def decoding(card: str = "H200", *, folder: Path | None = None) -> list[Claim]:
+    """The article on Flash-Decoding beside the newest record of that card.
+
+    Raises NoRecord if there is none.
+    """
+    return list(_decoding_claims(latest("flash-decoding", card=card, folder=folder)))
+
+
+def _decoding_claims(record: Record) -> Iterator[Claim]:
+    for (B, N), (eager, flash2, decode) in FLASH_DECODING.items():
+        case = _case(record, "flash-decoding", B=B, N=N)
+        seconds = {name: _run(case, name)["median_s"] for name in ("standard", "flash2", "decode")}
+        for peer, published, whose in (
+            ("standard", eager, "the formula in PyTorch"),
+            ("flash2", flash2, "theirs is FlashAttention 2.0.9, ours its loops in Triton"),
+        ):
+            ratio = published / decode
+            yield Claim(
+                f"time, {peer} / decode, B {B}, {N:,} keys", "Flash-Decoding", (ratio, ratio),
+                _range([seconds[peer] / seconds["decode"]]), True,
+                f"one query, 16 heads on 2 key heads, D 128; {whose}; theirs on an A100",
+            )  # fmt: skip
 
 
 def _claims(

@@ -18,13 +18,15 @@ TIMED = ("seconds", "median_s", "p10_s", "p90_s", "extra_bytes")
 HEAD = ("date", "card", "torch", "triton", "cuda", "driver", "sm_count", "compute_capability",
         "quick", "planned", "cases")  # fmt: skip
 CASE = ("section", "B", "H", "N", "D", "dtype", "causal", "runs")
-MORE = {  # kind of a record → what its cases have beside CASE, and what their runs have
-    "attention": (("pass", "mode"), (*TIMED, "why", "peer", "errors", "tflops",
-                                     "times_as_fast_as")),
-    "tiles": (("columns", "item_bytes", "best"), (*TIMED, "why", "tile")),
-    "traffic": (("pass", "peer", "why"), ("kernel", "launched", "tile", "closed_form", "counted",
-                                          "l2_to_sm_bytes", "sm_to_l2_bytes", "dram_read_bytes",
-                                          "dram_write_bytes")),
+KINDS = {  # kind of a record → what its cases have, and what their runs have
+    "attention": ((*CASE, "pass", "mode"), (*TIMED, "why", "peer", "errors", "tflops",
+                                            "times_as_fast_as")),
+    "tiles": ((*CASE, "columns", "item_bytes", "best"), (*TIMED, "why", "tile")),
+    "traffic": ((*CASE, "pass", "peer", "why"), (
+        "kernel", "launched", "tile", "closed_form", "counted", "l2_to_sm_bytes", "sm_to_l2_bytes",
+        "dram_read_bytes", "dram_write_bytes")),
+    "sanitizer": (("section", "errors", "warnings", "first", "planted", "runs"),
+                  ("peer", "astray", "why")),
 }  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def latest(
 ) -> Record:
     """The newest record, of a full run, that has cases of that section; None takes any.
 
-    `kind`: of the record, one of MORE. `card`: a part of the card's name. `folder`: None for the
+    `kind`: of the record, one of KINDS. `card`: a part of the card's name. `folder`: None for the
     checkout's. Raises NoRecord if there is none.
     """
     folder = folder or RESULTS
@@ -115,12 +117,12 @@ def _all(folder: Path) -> Iterator[Record]:
 
 
 def _check(data: Any) -> None:
-    if data["kind"] not in MORE:
+    if data["kind"] not in KINDS:
         raise KeyError("kind")
-    of_case, of_run = MORE[data["kind"]]
+    of_case, of_run = KINDS[data["kind"]]
     _has(data, HEAD)
     for case in data["cases"]:
-        _has(case, CASE + of_case)
+        _has(case, of_case)
         for run in case["runs"]:
             _has(run, of_run)
 

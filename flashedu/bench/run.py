@@ -5,6 +5,7 @@ A busy moment of the machine so hits all of them, and a ratio is taken within a 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 
 from flashedu import testing
-from flashedu.bench.cases import Case
-from flashedu.bench.peers import Peer
+from flashedu.bench.cases import AnyCase, Case, ModelCase
+from flashedu.bench.peers import AnyPeer, Peer
 from flashedu.memory import Problem
 
 OnCase = Callable[[int, int, str], None]  # number, of how many, what
 SCORES_AT_ONCE = 2**25  # of one head, in float64: 256 MiB a matrix
 OUT_OF_MEMORY = "out of memory"
+OF_HEAD = {"o": "q", "dq": "q", "dk": "k", "dv": "k"}  # whose heads a result has
 
 
 def run(
-    cases: Sequence[Case],
-    peers: Mapping[str, Peer],
+    cases: Sequence[AnyCase],
+    peers: Mapping[str, AnyPeer],
     device: Any,
     *,
     rounds: int,
@@ -42,10 +44,9 @@ def run(
 
 
 def measure(
-    case: Case, peers: Sequence[Peer], device: Any, *, rounds: int, seed: int
+    case: AnyCase, peers: Sequence[AnyPeer], device: Any, *, rounds: int, seed: int
 ) -> dict[str, Any]:
     """One case, as it stands in a record."""
-    p = case.problem
     entries: dict[str, dict[str, Any]] = {
         peer.name: {"peer": peer.name, "why": None, "errors": {}, "extra_bytes": None}
         for peer in peers
@@ -53,13 +54,12 @@ def measure(
     seconds: dict[str, list[float]] = {}
     checked = "nothing"
     try:
-        inputs = device.draw(p, seed)
-        check = Check(inputs, p, seed, gradients=case.pass_ != "fwd")
+        check, attempt = _set_up(case, device, seed)
         checked = str(check)
-        ready = _admit(case, peers, inputs, check, device, entries)
+        ready = _admit(peers, attempt, check, device, entries)
         if case.timed:
             seconds = interleaved({name: ready[name].seconds for name in ready}, rounds)
-    except torch.OutOfMemoryError as error:  # for the inputs, or for all at once
+    except (torch.OutOfMemoryError, Missing) as error:  # for the inputs, or for all at once
         for entry in entries.values():
             entry["why"] = entry["why"] or sentence(error)
     for name, entry in entries.items():
@@ -74,8 +74,7 @@ def measure(
         }
     return {
         "section": case.section,
-        **{size: getattr(p, size) for size in ("B", "H", "H_kv", "Nq", "D", "dtype", "causal")},
-        "N": p.Nk,
+        **case.sizes,
         "pass": case.pass_,
         "mode": case.mode,
         "flops": case.flops,
@@ -86,15 +85,31 @@ def measure(
     }
 
 
+class Missing(RuntimeError):
+    """What a case needs is not installed. One sentence."""
+
+
+def _set_up(case: AnyCase, device: Any, seed: int) -> tuple[Any, Callable[[Any], Any]]:
+    """What results are held against, and how a peer is tried."""
+    if isinstance(case, ModelCase):
+        from flashedu.bench import models
+
+        return models.set_up(case, device, seed)
+    inputs = device.draw(case.problem, seed)
+    gradients = case.pass_ != "fwd"
+    check = Check(inputs, case.problem, seed, gradients=gradients, lengths=case.lengths)
+    return check, lambda peer: Attempt(peer, case, inputs, device)
+
+
 def _admit(
-    case: Case, peers: Sequence[Peer], inputs: Any, check: Check, device: Any, entries: Any
-) -> dict[str, Attempt]:
+    peers: Sequence[Any], attempt_by: Callable[[Any], Any], check: Any, device: Any, entries: Any
+) -> dict[str, Any]:
     """The peers that are right and fit, warmed up; in `entries`, errors and memory, and why not."""
     ready = {}
     for peer in peers:
         entry = entries[peer.name]
         try:
-            attempt = Attempt(peer, case, inputs, device)
+            attempt = attempt_by(peer)
             results = attempt.results()
             errors = check.errors(results) if peer.attends else {}
             entry["errors"] = {name: [_finite(x) for x in error] for name, error in errors.items()}
@@ -104,7 +119,7 @@ def _admit(
                 ready[peer.name] = attempt
         except Exception as error:  # a peer is others' code: the run goes on without it
             entry["why"] = sentence(error)
-        attempt = None  # type: ignore[assignment]
+        attempt = None
         if entry["why"]:
             device.free()
     return ready
@@ -114,12 +129,14 @@ class Attempt:
     """One peer on the inputs of one case."""
 
     def __init__(self, peer: Peer, case: Case, inputs: Sequence[Any], device: Any) -> None:
-        *qkv, self._do = inputs
+        laid = peer.layout(case, inputs)
+        *qkv, self._do = laid.inputs
+        self._more, self._back = laid.more, laid.back
         self._peer, self._case, self._device = peer, case, device
         self._with_grad = case.pass_ != "fwd"
         self._leaves = [x.detach().requires_grad_(self._with_grad) for x in qkv]
         self._results: dict[str, Any] = {}
-        self._attention = peer.prepare(case.problem, device.name)
+        self._attention = peer.prepare(laid.problem, device.name)
         steps = [self._forward, self._backward] if self._with_grad else [self._forward]
         if case.mode == "graph":
             with self._running():
@@ -132,7 +149,7 @@ class Attempt:
         """o and, with a backward, dq, dk and dv, by name."""
         with self._running():
             _all(self._steps)
-        return dict(self._results)
+        return {name: self._back(x) for name, x in self._results.items()}
 
     def extra_bytes(self) -> int | None:
         """Peak memory of the whole, beyond inputs; None for a graph, which keeps its own."""
@@ -160,7 +177,7 @@ class Attempt:
             yield
 
     def _forward(self) -> None:
-        self._results["o"] = self._attention(*self._leaves)
+        self._results["o"] = self._attention(*self._leaves, *self._more)
 
     def _backward(self) -> None:
         gradients = torch.autograd.grad(self._results["o"], self._leaves, self._do)
@@ -170,36 +187,54 @@ class Attempt:
 class Check:
     """Some heads of a case, held against float64 in every row by the error budget of the course.
 
-    Two heads: one drawn from `seed`, and the last one, whose addresses are the largest.
+    Two heads: one drawn from `seed`, and the last one, whose addresses are the largest; with
+    gradients, all heads that share their key head. `lengths`: of sequences one behind another, each
+    of which is held against its own.
     """
 
-    def __init__(self, inputs: Sequence[Any], p: Problem, seed: int, *, gradients: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[Any], p: Problem, seed: int, *, gradients: bool,
+        lengths: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         heads = {random.Random(seed).randrange(p.B * p.H), p.B * p.H - 1}
         self.heads = [divmod(head, p.H) for head in sorted(heads)]
         self._names = ("o", "dq", "dk", "dv") if gradients else ("o",)
-        rows = max(64, SCORES_AT_ONCE // max(1, p.Nk))
+        self._group, self._lengths = p.group, lengths
         self._truths = []
-        for b, h in self.heads:
-            q, k, v, do = (
-                x[b : b + 1, g : g + 1]
-                for x, g in zip(inputs, (h, h // p.group, h // p.group, h), strict=True)
-            )
-            truth = testing.truth(q, k, v, do if gradients else None, causal=p.causal, rows=rows)
-            self._truths.append(truth)
+        for part in self._parts():
+            q, k, v, do = (x[part[of]] for x, of in zip(inputs, "qkkq", strict=True))
+            do, at_once = do if gradients else None, max(64, SCORES_AT_ONCE // max(1, k.shape[2]))
+            self._truths.append(testing.truth(q, k, v, do, causal=p.causal, rows=at_once))
 
     def errors(self, results: Mapping[str, Any]) -> dict[str, testing.Error]:
         """The worst error of each result, beside its budget."""
         found: dict[str, testing.Error] = {}
-        for (b, h), truth in zip(self.heads, self._truths, strict=True):
-            part = {name: results[name][b : b + 1, h : h + 1] for name in self._names}
-            for name, error in truth.errors(part).items():
+        for part, truth in zip(self._parts(), self._truths, strict=True):
+            got = {name: results[name][part[OF_HEAD[name]]] for name in self._names}
+            for name, error in truth.errors(got).items():
                 if name not in found or not error.within or error.error > found[name].error:
                     found[name] = error
         return found
 
+    def _parts(self) -> Iterator[dict[str, tuple[slice, slice, slice]]]:
+        """What belongs together of arrays with q's heads, and of those with k's.
+
+        The rows of one sequence, all that are left for the last.
+        """
+        starts = [0, *itertools.accumulate(self._lengths[:-1])]
+        for b, h in self.heads:
+            g = h // self._group
+            mine = slice(h, h + 1)
+            if len(self._names) > 1:  # dk and dv are sums over the group
+                mine = slice(g * self._group, (g + 1) * self._group)
+            for rows in itertools.starmap(slice, itertools.pairwise([*starts, None])):
+                yield {"q": (slice(b, b + 1), mine, rows),
+                       "k": (slice(b, b + 1), slice(g, g + 1), rows)}  # fmt: skip
+
     def __str__(self) -> str:
         heads = " and ".join(f"(b {b}, h {h})" for b, h in self.heads)
-        return f"{', '.join(self._names)} of {heads}, every row, against float64"
+        each = f" of each of {len(self._lengths)} sequences" if self._lengths else ""
+        return f"{', '.join(self._names)} of {heads}, every row{each}, against float64"
 
 
 def wrong(errors: Mapping[str, testing.Error]) -> str | None:

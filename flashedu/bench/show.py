@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flashedu.bench.cases import MASKS, PASSES, PEERS
+from flashedu.bench.cases import MASKS, MODEL_PASSES, PASSES, PEERS
 from flashedu.bench.record import Record
 from flashedu.units import human_bytes, human_seconds
 
@@ -33,6 +34,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "traffic":
         yield from _traffic(record)
         return
+    if data["kind"] == "sanitizer":
+        yield from _sanitizer(record)
+        return
     fwd_bwd = ("D", "causal", "pass")
     yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
     yield from _section(record, "flash1", ("causal", "N"), {"B·H": _heads}, _rate, ("flash1",))
@@ -47,6 +51,26 @@ def tables(record: Record) -> Iterator[RenderableType]:
             "decode: one query a head, 16 heads on 2 key heads. GB/s of q, k, v and o, each once. "
             "copy reads k and writes it, as many bytes: 'to copy' is the share of its speed."
         )
+    yield from _section(record, "flash-decoding", (), {"B": _b, "Nk": _n}, _time,
+                        ("flash2", "standard"), ours="decode")  # fmt: skip
+    yield from _section(record, "paged", ("B",), {"Nk": _n}, _bandwidth,
+                        ("paged-16", "paged-64", "paged-256"), ours="decode")  # fmt: skip
+    if record.cases("paged"):
+        yield Text(
+            "paged: the same caches in pages of 16, 64 and 256 keys, in any order. 'to paged 64' "
+            "is decode's speed over it: how many times as long it takes."
+        )
+    others = ("padded", "padded-mask", "unmasked", "torch-varlen")
+    yield from _section(record, "varlen", ("causal", "pass"), {"D": _d}, _rate, others,
+                        ours="varlen")  # fmt: skip
+    if varlen := record.cases("varlen"):
+        yield Text(_about_varlen(varlen[0]))
+    for cell in (_time, _memory):
+        sizes: dict[str, Callable[[Case], str]] = {"B": _b, "N": _n, "q/kv": _groups}
+        yield from _section(record, "model", ("pass",), sizes, cell, ("hf-sdpa", "hf-eager"),
+                            ours="hf-flashedu")  # fmt: skip
+    if model := record.cases("model"):
+        yield Text("\n".join(_about_model(model)))
     used = [
         error / budget
         for case in data["cases"]
@@ -56,11 +80,12 @@ def tables(record: Record) -> Iterator[RenderableType]:
     ]
     if used:
         yield Text(
-            f"\nBefore it was timed, each result was checked against float64: at most "
-            f"{max(used):.0%} of its error budget was used. Speeds are medians. The last columns "
-            f"are flash2's speed over the other's, in the section decode that of decode, taken "
-            f"within each round: the median ± half of what lies between the 10th and the 90th "
-            f"percentile. For memory, the other's over flash2's."
+            f"\nBefore it was timed, each result was checked against float64 (that of a model "
+            f"against float32): at most {max(used):.0%} of its error budget was used. Speeds are "
+            f"medians. The last columns "
+            f"are flash2's speed over the other's, in the later sections that of decode, varlen "
+            f"and FlashEdu, taken within each round: the median ± half of what lies between the "
+            f"10th and the 90th percentile. For memory, the other's over ours."
         )
 
 
@@ -180,7 +205,8 @@ def _section(
     for values, cases in groups.items():
         peers = list(dict.fromkeys(run["peer"] for case in cases for run in case["runs"]))
         compared = [peer for peer in beside if peer in peers and ours in peers]
-        what = [_WORDS[name](value) for name, value in zip(apart, values, strict=True)]
+        words = _WORDS | ({"pass": MODEL_PASSES.__getitem__} if section == "model" else {})
+        what = [words[name](value) for name, value in zip(apart, values, strict=True)]
         yield Text(f"\n{section}: {', '.join([_UNIT[cell], cases[0]['dtype'], *what])}", "bold")
         table = _table()
         names = [PEERS[peer] for peer in peers] + [f"to {PEERS[peer]}" for peer in compared]
@@ -199,6 +225,42 @@ def _section(
                 if run["why"]:
                     where = ", ".join(f"{name} {head(case)}" for name, head in heads.items())
                     yield Text(f"{PEERS[run['peer']]} at {where}: {run['why']}")
+
+
+def _about_varlen(case: Case) -> str:
+    lengths = case["lengths"]
+    share = sum(lengths) / (len(lengths) * max(lengths))
+    return (
+        f"varlen: {len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens, "
+        f"{sum(lengths)} in all, drawn from seed {case['lengths_seed']}: {share:.0%} of the padded "
+        "batch. FLOPs are those of real tokens. padded and one by one: SDPA's flash backend, "
+        "which takes no mask. unmasked: the same, attending to the padding, not checked."
+    )
+
+
+def _about_model(cases: Sequence[Case]) -> Iterator[str]:
+    shape = cases[0]
+    yield (
+        f"model: a Llama of {shape['layers']} layers, hidden size {shape['H'] * shape['D']}, with "
+        f"random weights, and q / kv heads."
+    )
+    for first, whole in itertools.product(cases, cases):
+        same = all(first[name] == whole[name] for name in ("B", "N", "H_kv"))
+        if same and (first["pass"], whole["pass"]) == ("prefill", "generate"):
+            more = whole["new_tokens"] - first["new_tokens"]
+            yield (
+                f"{whole['B']} prompts of up to {whole['N']} tokens, padded on the left. After the "
+                f"first token, each takes: {_per_token(first, whole, more)}."
+            )
+
+
+def _per_token(first: Case, whole: Case, more: int) -> str:
+    until = {run["peer"]: run["median_s"] for run in first["runs"]}
+    return ", ".join(
+        f"{PEERS[run['peer']]} {human_seconds((run['median_s'] - until[run['peer']]) / more)}"
+        for run in whole["runs"]
+        if run["median_s"] and until.get(run["peer"])
+    )
 
 
 def _tiles(record: Record) -> Iterator[RenderableType]:
@@ -277,6 +339,32 @@ def _traffic(record: Record) -> Iterator[RenderableType]:
             yield Text(f"{PEERS[case['peer']]}, {case['pass']}, N {case['N']}: {case['why']}")
 
 
+def _sanitizer(record: Record) -> Iterator[RenderableType]:
+    """A row for each tool, what it said, and what did not run."""
+    table = _table()
+    for head in ("tool", "launches", "with wrong input", "errors", "warnings", "planted, found"):
+        table.add_column(head, justify="left" if head == "tool" else "right")
+    for case in record.data["cases"]:
+        planted = case["planted"].values()
+        table.add_row(
+            case["section"], str(len(case["runs"])),
+            str(sum(run["astray"] is not None for run in case["runs"])),
+            str(case["errors"]), str(case["warnings"]),
+            f"{sum(told['errors'] > 0 for told in planted)} of {len(planted)}",
+        )  # fmt: skip
+    yield table
+    for case in record.data["cases"]:
+        for line in case["first"]:
+            yield Text(f"{case['section']}: {line}")
+        for mistake, told in case["planted"].items():
+            found = told["first"][0] if told["first"] else "not found"
+            yield Text(f"{case['section']}, planted {mistake}: {found}")
+        for run in case["runs"]:
+            if run["why"]:
+                astray = f", {run['astray']}" if run["astray"] else ""
+                yield Text(f"{case['section']}, {run['peer']}{astray}: {run['why']}")
+
+
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f}"
 
@@ -288,7 +376,8 @@ def _table() -> Table:
 def _ratio(cell: Callable[[Run], str], ours: Run, theirs: Run) -> str:
     if cell is _memory:
         both = ours["extra_bytes"] and theirs["extra_bytes"]
-        return f"{theirs['extra_bytes'] / ours['extra_bytes']:.1f}" if both else "-"
+        ratio = theirs["extra_bytes"] / ours["extra_bytes"] if both else 0
+        return f"{ratio:.{1 if ratio >= 10 else 2}f}" if both else "-"
     if theirs["peer"] not in ours["times_as_fast_as"]:
         return "-"
     middle, low, high = ours["times_as_fast_as"][theirs["peer"]]
@@ -313,6 +402,14 @@ def _memory(run: Run) -> str:
 
 def _n(case: Case) -> str:
     return str(case["N"])
+
+
+def _b(case: Case) -> str:
+    return str(case["B"])
+
+
+def _groups(case: Case) -> str:
+    return f"{case['H']}/{case['H_kv']}"
 
 
 def _d(case: Case) -> str:

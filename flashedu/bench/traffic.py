@@ -344,7 +344,7 @@ class Profiled(Cuda):
 def peer_of(case: Case) -> peers.Peer:
     """Who runs: a stage with these tiles, or a peer as it is."""
     if case.tiles is None:
-        return next(peer for peer in peers.PEERS if peer.name == case.peer)
+        return next(peer for peer in peers.ATTENTIONS if peer.name == case.peer)
     tiles = case.tiles
 
     def prepare(p: Problem, device: str) -> peers.Attention:

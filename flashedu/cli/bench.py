@@ -25,13 +25,17 @@ from flashedu.cli.output import print_parts, progress, write
 bench = typer.Typer(cls=Group, add_completion=False)
 
 # bench.cases, without its imports
-BENCH_SECTIONS = "speed, flash1, memory, standard, short, decode"
+BENCH_SECTIONS = (
+    "speed, flash1, memory, standard, short, decode, flash-decoding, paged, varlen, model"
+)
 BENCH_PEERS = (
     "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math, "
-    "decode, copy"
+    "decode, copy, paged-16, paged-64, paged-256, varlen, padded, padded-flash2, padded-mask, "
+    "unmasked, one-by-one, torch-varlen, hf-flashedu, hf-sdpa, hf-eager"
 )
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
+SANITIZERS = "memcheck, racecheck, initcheck"  # bench.sanitize, without its imports
 
 
 _DTYPE = typer.Option("--dtype", help=f"{GPU_DTYPES}.", parser=one_of(GPU_DTYPES), metavar="DTYPE")
@@ -158,6 +162,41 @@ def traffic(
     print(f"flashedu bench traffic: {reason}", file=sys.stderr)
     _show_recorded_traffic()
     raise typer.Exit(1)
+
+
+@bench.command()
+def sanitize(
+    tools: Annotated[
+        Any, list_of("--tools", f"Of {SANITIZERS}; memcheck,racecheck.", one_of(SANITIZERS))
+    ] = None,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few launches: does it still run?")
+    ] = False,
+) -> None:
+    """Watch every access of the kernels, with NVIDIA's Compute Sanitizer, and record it.
+
+    With odd sizes; with tables and runs that lead astray; and with planted mistakes, which must be
+    found. The exit code is 1 if they are not, or if anything else is.
+    """
+    device = _measuring_device("bench sanitize")
+    from flashedu.bench import record
+    from flashedu.bench import sanitize as sanitizer
+
+    if reason := sanitizer.why_not():
+        raise Stopped(f"flashedu bench sanitize: {reason}")
+    tools = tools or ("memcheck", "racecheck")
+    head = {"quick": quick, "planned": len(tools), **sanitizer.provenance()}
+    try:
+        with progress() as on_case:
+            steps = sanitizer.measure(tools, quick, device, on_case=on_case)
+            path = _record_run("sanitizer", device, steps, out, commit, head)
+    except sanitizer.Unreadable as error:
+        raise Stopped(f"flashedu bench sanitize: {error}") from None
+    _show_record(path)
+    if not all(sanitizer.clean(case) for case in record.load(path).data["cases"]):
+        raise typer.Exit(1)
 
 
 @bench.command()

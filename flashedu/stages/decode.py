@@ -289,9 +289,7 @@ def decode_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`forward`, as an operator."""
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    problem = Problem(
-        B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=causal
-    )
+    problem = Problem(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=causal)
     tile = tile_for_call(q, problem, block_q, block_k)
     runs = None if first is None else Runs(first, stop)
     splits = splits or splits_for_call(q, problem, tile)

@@ -105,7 +105,7 @@ def paged_kernel(
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
-    Nk = tl.load(LENGTHS + b)
+    Nk = tl.minimum(tl.maximum(0, tl.load(LENGTHS + b)), max_pages * PAGE)  # as the table has
     keys_per_split = tl.cdiv(tl.cdiv(Nk, BLOCK_K), splits) * BLOCK_K
     start = split * keys_per_split
     last = tl.minimum(Nq - 1, (i + BLOCK_Q - 1) // GROUP)
