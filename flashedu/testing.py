@@ -35,7 +35,9 @@ class Error(NamedTuple):
         return self.error <= self.budget
 
 
-def plain(q: Any, k: Any, v: Any, do: Any = None, *, causal: bool, scale: float) -> Reference:
+def plain(
+    q: Any, k: Any, v: Any, do: Any = None, *, causal: bool, scale: float, runs: Any = None
+) -> Reference:
     """The formula as a PyTorch user writes it, in the inputs' own dtype; autograd for gradients."""
     q, k, v = (torch.as_tensor(x).detach().clone().requires_grad_() for x in (q, k, v))
     group, offset = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
@@ -43,6 +45,8 @@ def plain(q: Any, k: Any, v: Any, do: Any = None, *, causal: bool, scale: float)
     visible = torch.ones(s.shape[2:], dtype=torch.bool, device=s.device)
     if causal:
         visible = visible.tril(offset)
+    if runs is not None:
+        visible = runs.mask(s.shape[3])
     s = s.masked_fill(~visible, torch.finfo(s.dtype).min)
     p = torch.softmax(s, -1) * visible.any(-1, keepdim=True)
     o = p @ v.repeat_interleave(group, 1)
@@ -76,12 +80,14 @@ def truth(
     *,
     causal: bool = False,
     scale: float | None = None,
+    runs: Any = None,
     rows: int | None = None,
 ) -> Truth:
     """The exact results and their budgets; gradients if `do` is given.
 
-    `rows`: queries at a time, so that memory grows with rows · Nk; None takes all at once. What the
-    rows give to dk and dv is added up in float32 or more.
+    `runs`: the keys that each query sees, as a stage takes them. `rows`: queries at a time, so that
+    memory grows with rows · Nk; None takes all at once. What the rows give to dk and dv is added up
+    in float32 or more.
     """
     q, k, v = (torch.as_tensor(x).detach() for x in (q, k, v))
     (Nq, D), Nk = q.shape[2:], k.shape[2]
@@ -92,12 +98,14 @@ def truth(
         keys = slice(0, max(0, queries.stop + Nk - Nq) if causal else Nk)
         part = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
         do_part = None if do is None else torch.as_tensor(do).detach()[:, :, queries]
-        exact = reference.attention(*part, do_part, causal=causal, scale=scale)
-        usual = plain(*part, do_part, causal=causal, scale=scale)
+        runs_part = runs and type(runs)(*(x[:, queries] for x in runs))
+        options = dict(causal=causal, scale=scale, runs=runs_part)
+        exact = reference.attention(*part, do_part, **options)
+        usual = plain(*part, do_part, **options)
         if _acc(q.dtype) != q.dtype:  # lse is float32 although q is not
             single = (x.float() for x in part)
-            usual = usual._replace(lse=plain(*single, causal=causal, scale=scale).lse)
-        behind = _terms(exact, *part, do_part, causal=causal, scale=scale)
+            usual = usual._replace(lse=plain(*single, **options).lse)
+        behind = _terms(exact, *part, do_part, **options)
         parts.append((_present(exact), _present(usual), behind))
     wanted, found, terms = (_joined(each, Nk) for each in zip(*parts, strict=True))
 
@@ -121,12 +129,13 @@ def errors(
     *,
     causal: bool = False,
     scale: float | None = None,
+    runs: Any = None,
 ) -> dict[str, Error]:
     """For each result in `got` that is not None: its error against float64, and the budget.
 
     `got` holds NumPy arrays or torch tensors under the names of `Reference`.
     """
-    return truth(q, k, v, do, causal=causal, scale=scale).errors(got._asdict())
+    return truth(q, k, v, do, causal=causal, scale=scale, runs=runs).errors(got._asdict())
 
 
 def assert_right(got: Reference, q: Any, k: Any, v: Any, do: Any = None, **options: Any) -> None:
@@ -189,7 +198,7 @@ def draw(
 
 
 def _terms(
-    exact: Reference, q: Any, k: Any, v: Any, do: Any, *, causal: bool, scale: float
+    exact: Reference, q: Any, k: Any, v: Any, do: Any, *, causal: bool, scale: float, runs: Any
 ) -> dict[str, torch.Tensor]:
     """The size of the terms behind each result: nothing cancels, and p is as unsure as its score.
 
@@ -203,6 +212,8 @@ def _terms(
     s = scale * q @ k.mT
     if causal:
         p, s = p.tril(Nk - Nq), s.tril(Nk - Nq)
+    if runs is not None:
+        p, s = (x.masked_fill(~runs.mask(Nk), 0) for x in (p, s))
     unsure = 1 + (s.amax(-1, keepdim=True) if Nk else s.sum(-1, keepdim=True))  # (B, H, Nq, 1)
     p = p * unsure
     terms = {"o": p @ v, "lse": unsure}

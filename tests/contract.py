@@ -20,6 +20,7 @@ import torch
 from flashedu.memory import Machine, Problem, cost, hbm
 from flashedu.stages import ANY_TILES, GPU_TILES, Rung, contract, rung
 from flashedu.stages.reference import Reference
+from flashedu.stages.runs import Runs, packed
 from flashedu.testing import assert_right, draw
 
 Array = Any  # numpy.ndarray or torch.Tensor
@@ -40,6 +41,7 @@ class Subject:
     attention_with_lse: Callable[..., tuple[Array, Array]] | None = None
     device: str = "cpu"
     splits: bool = False
+    runs: bool = False
 
     @classmethod
     def of(cls, rung: Rung, module: ModuleType | None = None, device: str = "cpu") -> Subject:
@@ -48,7 +50,7 @@ class Subject:
         return cls(
             rung.name, rung.framework, rung.dtypes, rung.tile_sizes, rung.lse, rung.backward,
             module.attention, getattr(module, "attention_with_lse", None), device,
-            rung.splits,
+            rung.splits, rung.runs,
         )  # fmt: skip
 
     @property
@@ -98,7 +100,8 @@ class Subject:
         got = self.run(p, *inputs, **options)
         kept = {name: x if name in what.split() else None for name, x in got._asdict().items()}
         with case(p, options):
-            assert_right(Reference(**kept), *inputs, causal=p.causal, scale=options.get("scale"))
+            masks = {name: options.get(name) for name in ("scale", "runs")}
+            assert_right(Reference(**kept), *inputs, causal=p.causal, **masks)
 
 
 @contextmanager
@@ -402,6 +405,59 @@ def check_future_keys_do_not_change_past_outputs(subject: Subject) -> None:
                 assert bits(got.o[rest]) != bits(want.o[rest]), "no output saw the change"
 
 
+# runs
+
+
+def runs_of(subject: Subject) -> Iterator[tuple[str, Problem, Runs]]:
+    """Each usual mask, and runs that nobody wants: without a key, beyond the keys, back again."""
+    p = Problem(B=1, H=2, H_kv=1, Nq=50, Nk=50, D=13, block_q=16, block_k=16)
+    texts = [20, 1, 0, 16, 13]
+    yield "texts, causal", p, packed(texts, causal=True)
+    yield "texts, full", p, packed(texts)
+    more = [27, 2, 3, 0, 21]
+    yield "texts with more keys or fewer", p.replace(Nk=53), packed(texts, more, causal=True)
+    yield "a window", p, packed([50], causal=True, window=17)
+    yield "texts with a window", p, packed([29, 21], causal=True, window=7)
+
+    p = p.replace(B=2, Nq=37, Nk=53)
+    n = torch.arange(1, p.Nq + 1, dtype=torch.int32)
+    left, right = torch.tensor([[11], [0]], dtype=torch.int32), torch.tensor([[53], [41]])
+    here = torch.zeros(2, p.Nq, dtype=torch.int32)
+    yield "padding on the left", p, Runs(left + here, n + (p.Nk - p.Nq) + here)
+    yield "padding on the right", p, Runs(here, right.to(torch.int32) + here)
+    rng = np.random.default_rng(0)
+    first = rng.integers(-9, p.Nk, here.shape)
+    stop = first + rng.integers(-9, 2 * p.Nk, here.shape)
+    yield "any", p, Runs(*(torch.from_numpy(x).to(torch.int32) for x in (first, stop)))
+    yield "no key for any query", p, Runs(here + 5, here + 5)
+
+
+@needs("runs")
+def check_runs_match_float64(subject: Subject) -> None:
+    turns = itertools.cycle(FAMILIES)
+    for (title, p, runs), dtype in in_every_dtype(subject, runs_of(subject)):
+        p, family = p.replace(dtype=dtype), next(turns)
+        runs = Runs(*(x.to(subject.device) for x in runs))
+        with case(title, family):
+            subject.assert_right(p, subject.draw(p, family), "o lse dq dk dv", runs=runs)
+
+
+@needs("runs")
+def check_texts_do_not_mix(subject: Subject) -> None:
+    p = Problem(H=2, Nq=50, Nk=50, D=5, dtype=subject.dtypes[0], block_q=16, block_k=16)
+    runs = Runs(*(x.to(subject.device) for x in packed([23, 27], causal=True)))
+    inputs, fresh = subject.draw(p), subject.draw(p, seed=1)
+    changed = copies(inputs)
+    for x, new in zip(changed, fresh, strict=True):
+        x[:, :, 23:] = new[:, :, 23:]
+    mine = dict.fromkeys(Reference._fields, np.s_[:, :, :23])
+    got, want = (subject.run(p, *x, runs=runs) for x in (changed, inputs))
+    assert_same(at(got, **mine), at(want, **mine))
+    assert bits(got.o[:, :, 23:]) != bits(want.o[:, :, 23:]), (
+        "the other text did not see the change"
+    )
+
+
 # heads and batches
 
 
@@ -699,6 +755,18 @@ def bad_calls(subject: Any) -> dict[str, Bad]:
         for name, block in itertools.product(("block_q", "block_k"), wrong_sizes):
             add(f"{name} = {block}", {name: block}, ValueError, f"{name} must", wanted,
                 f"got {block}")  # fmt: skip
+    if subject.runs:
+        runs = packed([5, 5])  # 2 batches of 5 are not 1 of 10
+        add("runs of other sizes", {"runs": runs}, ValueError, "runs.first must", "(2, 5)",
+            "got shape (1, 10)")  # fmt: skip
+        fit = Runs(*(x.reshape(2, 5) for x in runs))
+        add("runs in a tuple", {"runs": tuple(fit)}, TypeError, "runs must", "got tuple")
+        add("runs of int64", {"runs": fit._replace(stop=fit.stop.long())}, TypeError,
+            "runs.stop must", "got torch.int64")  # fmt: skip
+        add("runs elsewhere", {"runs": Runs(*(x.to("meta") for x in fit))}, ValueError,
+            "runs.first must", "got meta")  # fmt: skip
+        add("runs and causal", {"runs": fit, "causal": True}, ValueError, "causal must be False",
+            "got True")  # fmt: skip
     if subject.splits:
         for splits in (2.5, True, "3"):
             add(f"splits = {splits!r}", {"splits": splits}, TypeError, "splits must", "None",

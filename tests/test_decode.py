@@ -162,6 +162,8 @@ def test_a_tile_holds_the_rows_of_a_group_and_at_least_what_a_matrix_unit_wants(
     assert tile_for((9, 0), 128, 4, 1000).block_q == 16
 
 
-def test_a_tile_of_keys_is_16_kib_or_128_keys() -> None:
-    for columns, item_bytes, block_k in ((128, 2, 64), (64, 2, 128), (16, 2, 128), (256, 4, 16)):
+def test_a_tile_of_keys_is_32_kib_or_128_keys_and_half_of_that_on_a_small_card() -> None:
+    for columns, item_bytes, block_k in ((128, 2, 128), (64, 2, 128), (256, 2, 64), (256, 4, 32)):
         assert tile_for((9, 0), columns, item_bytes, 8).block_k == block_k
+    for columns, item_bytes, block_k in ((128, 2, 64), (64, 2, 128), (256, 2, 32), (256, 4, 16)):
+        assert tile_for((8, 6), columns, item_bytes, 8).block_k == block_k

@@ -15,6 +15,7 @@ from flashedu import ladder
 from flashedu.memory import Machine, Problem, cost
 from flashedu.stages import RUNGS, Rung, online, rung
 from flashedu.stages.reference import Reference
+from flashedu.stages.runs import Runs, everywhere, packed
 from flashedu.testing import assert_right, draw
 from tests.contract import Subject, claims
 from tests.test_mutants import KERNELS, MUTANTS, Mutant, assert_caught, stage_with
@@ -169,6 +170,80 @@ def test_more_heads_than_a_grid_is_high_are_right() -> None:
     q, k, v, do = drawn(p)
     got = run("flash2", q, k, v, do)
     assert_right(Reference(*(x[-1:] for x in got)), *(x[-1:] for x in (q, k, v, do)))
+
+
+# texts of different lengths, packed
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_texts_are_right_each_by_itself(D: int, causal: bool) -> None:
+    lengths = [3000, 1, 127, 0, 4096, 129, 640]
+    N = sum(lengths)
+    q, k, v, do = random(4, 1, 4, N, D)
+    q, k, v = 3 * q, k[:, ::2].contiguous(), v[:, ::2].contiguous()
+    got = run("varlen", q, k, v, do, runs=packed(lengths, causal=causal, device="cuda"))
+    texts = zip(*(x.split(lengths, 2) for x in (*got, q, k, v, do)), strict=True)
+    for *results, q_t, k_t, v_t, do_t in texts:
+        if q_t.shape[2]:
+            assert_right(Reference(*results), q_t, k_t, v_t, do_t, causal=causal)
+
+
+def test_a_window_over_a_long_text_is_right() -> None:
+    q, k, v, do = random(4, 1, 2, 9000, 128)
+    runs = packed([9000], causal=True, window=1000, device="cuda")
+    do[:, :, :-64] = 0
+    got = run("varlen", q, k, v, do, runs=runs)
+    last = Runs(*(x[:, -64:] for x in runs))
+    few = Reference(got.o[:, :, -64:], got.lse[:, :, -64:], got.dq[:, :, -64:], got.dk, got.dv)
+    assert_right(few, q[:, :, -64:], k, v, do[:, :, -64:], runs=last)
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile warns, by version
+@pytest.mark.parametrize("stage", ["varlen", "decode"])
+def test_torch_compile_gives_the_same_bits_with_runs(stage: str) -> None:
+    q, k, v, do = drawn(P.replace(Nq=67, Nk=67))
+    runs = packed([67], causal=True, window=20, device="cuda")
+    runs = Runs(*(x.expand(P.B, -1).contiguous() for x in runs))
+    module = rung(stage).load()
+
+    def attend(q, k, v, first, stop):
+        return module.attention(q, k, v, runs=Runs(first, stop))
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        leaves = [x.detach().requires_grad_(rung(stage).backward) for x in (q, k, v)]
+        o = function(*leaves, *runs)
+        more = torch.autograd.grad(o, leaves, do) if rung(stage).backward else ()
+        results.append([o.detach(), *more])
+    assert all(map(torch.equal, *results))
+
+
+def test_the_operators_for_runs_pass_opcheck() -> None:
+    q, k, v, _ = drawn(P.replace(dtype="float32", Nk=67))
+    first, stop = everywhere(P.B, 67, 67, causal=True, device="cuda")
+    varlen, decode = rung("varlen").load(), rung("decode").load()
+    inputs = (q.requires_grad_(), k, v, first, stop)
+    for operator, arguments in (
+        (varlen.varlen_op, (*inputs, 0.25, 0, 0)),
+        (decode.decode_op, (q.detach(), *inputs[1:], False, 0.25, 0, 0, 0)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("Nk", [5, 4096, 100_003])
+@pytest.mark.parametrize("Nq", [1, 3])
+def test_decoding_a_run_of_a_cache_is_right(Nq: int, Nk: int) -> None:
+    """As in a batch that is padded on the left, and a cache with room for more."""
+    q, k, v = cache(3, Nq, Nk + 100)
+    first = torch.tensor([0, 3, Nk // 2], dtype=torch.int32, device="cuda")[:, None].expand(3, Nq)
+    stop = torch.arange(Nk - Nq + 1, Nk + 1, dtype=torch.int32, device="cuda").expand(3, Nq)
+    runs = Runs(first.contiguous(), stop.contiguous())
+    got = decoded(q, k, v, runs=runs)
+    for b in range(3):
+        one = slice(b, b + 1)
+        part = Runs(*(x[one] for x in runs))
+        assert_right(Reference(got.o[one], got.lse[one]), q[one], k[one], v[one], runs=part)
 
 
 # few queries, a long cache

@@ -10,10 +10,10 @@ from flashedu.stages import triton_mode
 from flashedu.stages.descriptors import columns
 from flashedu.stages.flash2_tiles import LARGE, MIDDLE, Tile
 
-# k and v pass by once, so speed is bytes in flight: tiles on their way while others are used. With 3
-# stages two of k and two of v are on chip; at 32 KiB each, one program then fills an SM of Hopper,
-# and at 16 KiB one of a card with 99 KiB. Fastest of eight on an H100 (bfloat16, D 128, 8 heads a
-# key head, 8192 to 131072 keys, torch 2.11, triton 3.6, 2026-11-25); on other cards never timed.
+# k and v pass by once, so speed is bytes in flight: tiles on their way while others are used. With
+# 3 stages two of k and two of v are on chip; at 32 KiB each, one program then fills an SM of
+# Hopper, and at 16 KiB one of a card with 99 KiB. Fastest of eight on an H100 (bfloat16, D 128, 8
+# heads a key head, 8192 to 131072 keys, torch 2.11, triton 3.6, 2026-11-25); elsewhere never timed.
 TILE_BYTES = {True: 32 * 2**10, False: 16 * 2**10}  # of k, on LARGE cards and on others
 PROGRAMS_PER_SM = 1
 MIN_KEYS = 256  # of a split: o of 8 heads, written and read, is then 1/16 of k and v in 16 bits

@@ -11,8 +11,7 @@ from flashedu.stages.contract import dtype_name, framework_of
 
 def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> Any:
     """See `flashedu.attention`."""
-    uncounted = options.get("machine") is None
-    chosen = _best_for(q, compiled=uncounted) if stage is None else rung(stage)
+    chosen = _best_for(q, **options) if stage is None else rung(stage)
     reason = chosen.missing()
     if reason is not None:
         runnable = ", ".join(r.name for r in RUNGS if r.missing() is None)
@@ -25,14 +24,16 @@ def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> A
     return function(q, k, v, **options)
 
 
-def _best_for(q: Any, *, compiled: bool) -> Rung:
-    """The highest rung that is quick on q: an interpreted kernel is not."""
+def _best_for(q: Any, *, machine: Any = None, runs: Any = None, **options: Any) -> Rung:
+    """The highest rung that is quick on q: an interpreted kernel is not, and none is counted."""
     framework = framework_of(q)
     if framework is None:
         kind = type(q).__name__
         raise TypeError(f"q must be a NumPy array or a torch tensor, got {kind}")
-    runnable = [r for r in LADDER if r.framework == framework and r.missing() is None]
-    return [r for r in runnable if not r.is_triton or (compiled and _runs_on(r, q))][-1]
+    rungs = LADDER if runs is None else (*LADDER, rung("varlen"))
+    runnable = [r for r in rungs if r.framework == framework and r.missing() is None]
+    able = [r for r in runnable if r.runs or runs is None] or runnable
+    return [r for r in able if not r.is_triton or (machine is None and _runs_on(r, q))][-1]
 
 
 def _runs_on(rung: Rung, q: Any) -> bool:

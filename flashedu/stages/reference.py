@@ -18,10 +18,11 @@ class Reference(NamedTuple):
     dv: torch.Tensor | None = None  # as v
 
 
-def attention(q, k, v, do=None, *, causal=False, scale=None):
+def attention(q, k, v, do=None, *, causal=False, scale=None, runs=None):
     """o and lse in float64, and dq, dk, dv if do, the gradient of o, is given.
 
     q, do: (B, H, Nq, D). k, v: (B, H_kv, Nk, D). NumPy arrays or torch tensors of any dtype.
+    runs: the keys that each query sees, or None.
     """
     q, k, v = (torch.as_tensor(x).detach().double() for x in (q, k, v))
     (_, H, Nq, D), (B, H_kv, Nk, _) = q.shape, k.shape
@@ -32,6 +33,8 @@ def attention(q, k, v, do=None, *, causal=False, scale=None):
     if causal:
         visible = torch.ones(Nq, Nk, dtype=torch.bool, device=q.device).tril(Nk - Nq)
         s = s.masked_fill(~visible, -torch.inf)
+    if runs is not None:
+        s = s.masked_fill(~runs.mask(Nk), -torch.inf)
     lse = torch.logsumexp(s, -1) if Nk else torch.full(s.shape[:3], -torch.inf).to(s)
     p = torch.exp(s - lse[..., None]).nan_to_num(nan=0.0)  # -inf - -inf: a row with no key
     o = p @ v_h

@@ -31,7 +31,6 @@ from flashedu.stages.contract import check, dtype_name
 from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
 from flashedu.stages.flash2 import DELTA_ROWS, TINY, delta_kernel, load_lse, tile_and_head
 from flashedu.stages.flash2_tiles import tiles_for_call
-from flashedu.stages.runs import Runs
 
 import triton
 import triton.language as tl
