@@ -35,6 +35,9 @@ PEER_LINE = {
     "copy": ("x", ":"),
 }
 
+# Sequences in a cache, in turn, in both themes; dark text on them. From Tol's light scheme.
+SEQUENCES = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#BBCC33")
+
 FORMAT_MARKER = {"float32": "o", "tf32": "^", "float16": "s", "bfloat16": "D"}
 
 
