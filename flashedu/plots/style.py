@@ -23,7 +23,7 @@ STAGE_MARKER = {
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
 PEER_LINE = {
-    "decode": ("d", ":"),
+    "decode": ("d", "-."),
     "flash2": ("D", "-"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
