@@ -157,6 +157,7 @@ play("online", Problem(Nq=32, D=16, block_q=8, block_k=8))
 # | [07 · The backward kernels](07_flash2_backward.ipynb) | two kernels, in which each gradient has one owner |
 # | [08 · How fast](08_how_fast.ipynb) | the bytes that we predict are those that a card counts, and what that says of speed |
 # | [09 · Numerics](09_numerics.ipynb) | two right answers differ, and an error budget says by how much |
+# | [10 · Decode](10_decode.ipynb) | with one query the keys are split, the parts merge by the online softmax, and pages hold the cache |
 #
 # ## Takeaway
 #

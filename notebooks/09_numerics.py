@@ -3,8 +3,7 @@
 #
 # **Claim.** Two right answers differ, and an error budget says by how much.
 #
-# Before: [07 · The backward kernels](07_flash2_backward.ipynb). (08 · How fast, and 10 · Decode, are not written
-# yet.)
+# Before: [08 · How fast](08_how_fast.ipynb). Next: [10 · Decode](10_decode.ipynb).
 
 # %%
 import inspect

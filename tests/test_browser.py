@@ -1,4 +1,4 @@
-"""The tile player in a real browser: in a live JupyterLab, on an exported page, and on its own."""
+"""The players in a real browser: in a live JupyterLab, on an exported page, and on their own."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ import pytest
 
 from flashedu.memory import Problem
 from flashedu.memory.trace import visits
-from flashedu.player import play
+from flashedu.player import play, play_pages
 from flashedu.player.film import Film, Pack
 from flashedu.stages import rung
+from tests.test_player_pages import SIZE, story
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tiled", "online")
 P = Problem(Nq=16, D=8, block_q=8, block_k=8)
 CELL = f"""\
 from flashedu.memory import Problem
-from flashedu.player import play
+from flashedu.player import play, play_pages
 
 play({", ".join(map(repr, STAGES))}, Problem(Nq=16, D=8, block_q=8, block_k=8))
 """
@@ -512,6 +513,78 @@ def test_a_player_that_is_taken_away_with_the_focus_in_it_takes_no_more_keys(
     page.keyboard.press("Home")
     page.keyboard.type("c")
     assert page.locator("#other").input_value() == "ca b"
+    assert not page.errors, page.errors
+
+
+# the page player
+
+
+DRAWN_PAGES = """step => {
+  const root = document.querySelector('[data-flashedu-player]').shadowRoot;
+  const slider = root.querySelector('input');
+  slider.value = step;
+  slider.dispatchEvent(new Event('input'));
+  const all = (from, selector) => [...from.querySelectorAll(selector)];
+  return {
+    pages: all(root, '[data-page]').map((page) => ({
+      users: page.querySelector('.users').textContent,
+      keys: all(page, '.key').length, idle: all(page, '.idle').length,
+      free: page.querySelector('.page').matches('.free'),
+      touched: page.querySelector('.page').matches('.touched'),
+    })),
+    copies: all(root, '.arrow').length,
+    places: all(root, '[data-place]').map((row) => row.querySelector('text').textContent),
+    table: all(root, '.table tr').map((row) => [...row.children].map((e) => e.textContent)),
+    counts: all(root, '.counts tbody tr').map((row) =>
+      [...row.querySelectorAll('td')].map((e) => Number(e.textContent))),
+    now: root.querySelector('.now').textContent,
+  };
+}"""
+
+
+def test_each_step_of_the_pages_is_drawn_as_the_allocator_had_it(tmp_path, new_page) -> None:
+    cache, longest = story(), 24
+    play_pages(cache, longest=longest).save(tmp_path / "pages.html")
+    page = new_page((tmp_path / "pages.html").as_uri())
+    for step, moment in enumerate(cache.moments):
+        got = page.evaluate(DRAWN_PAGES, step)
+        for number, drawn in enumerate(got["pages"]):
+            users = [name for name, (_, pages) in moment.living.items() if number in pages]
+            seen = [min(SIZE, n - SIZE * pages.index(number))
+                    for n, pages in moment.living.values() if number in pages]  # fmt: skip
+            assert drawn == {
+                "users": " ".join(users), "keys": sum(seen),
+                "idle": SIZE - max(seen) if users else 0, "free": not users,
+                "touched": number in moment.touched,
+            }, f"step {step}, page {number}"  # fmt: skip
+        assert got["copies"] == (moment.copied is not None)
+        assert sorted(got["places"]) == sorted(moment.living)
+        assert got["table"] == [
+            [f"{name}, {n} key{'s' if n != 1 else ''}", *map(str, pages)]
+            for name, (n, pages) in moment.living.items()
+        ]
+        taken = {page for _, pages in moment.living.values() for page in pages}
+        (held, idle, free, over), (keys, room, rest, beyond) = got["counts"]
+        assert held + idle == SIZE * len(taken)
+        assert (free, over) == (SIZE * (12 - len(taken)), 0)
+        assert keys == sum(n for n, _ in moment.living.values())
+        assert keys + room == longest * len(moment.living)
+        assert rest - beyond == 12 * SIZE - keys - room
+        assert got["now"] == f"{moment.text[0].upper()}{moment.text[1:]}."
+    assert not page.errors, page.errors
+
+
+def test_the_page_player_has_the_controls_and_themes_of_the_tile_player(tmp_path, new_page) -> None:
+    cache = story()
+    play_pages(cache, longest=24).save(tmp_path / "pages.html")
+    page = new_page((tmp_path / "pages.html").as_uri(), color_scheme="dark")
+    wait_for_background(page, DARK)
+    page.get_by_role("button", name="One step forward").click()
+    assert at(page) == 1
+    page.keyboard.press("End")
+    assert at(page) == len(cache.moments) - 1
+    said = page.get_by_role("status").filter(has_text="Step 10 of 10: C is freed; pages 3, 4")
+    said.wait_for(state="attached")
     assert not page.errors, page.errors
 
 

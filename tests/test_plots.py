@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from flashedu import plots
-from flashedu.bench.cases import DRAWN
+from flashedu.bench.cases import DRAWN, PEERS
 from flashedu.memory import GPUS, Machine, Problem, gpu
 from flashedu.plots import style
 from flashedu.stages import LADDER, RUNGS, naive, tiled
@@ -231,6 +231,21 @@ def test_a_line_of_memory_ends_where_memory_did(recorded):
     assert 2 < len(fits) < 8
     assert list(lines["standard"].get_ydata()) == fits
     assert len(lines["flash2"].get_ydata()) == 8
+
+
+def test_the_times_of_decoding_are_those_of_the_record_a_panel_a_batch(recorded):
+    fig = plots.decode_times(recorded, "title")
+    assert [ax.get_title("left") for ax in fig.axes] == ["batch 1", "batch 8"]
+    for ax, B in zip(fig.axes, (1, 8), strict=True):
+        cases = recorded.cases("decode", B=B)
+        drawn = {c.get_label(): c.lines[0] for c in ax.containers}
+        assert set(drawn) == {"decode", "flash2", "SDPA cuDNN", "SDPA flash", "copy"}
+        for peer in ("decode", "flash2", "copy"):
+            line = drawn[PEERS[peer]]
+            assert list(line.get_xdata()) == [case["N"] for case in cases]
+            assert list(line.get_ydata()) == pytest.approx(
+                [1e6 * run["median_s"] for case in cases for run in case["runs"]
+                 if run["peer"] == peer])  # fmt: skip
 
 
 @pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)

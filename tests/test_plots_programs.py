@@ -120,3 +120,25 @@ def test_programs_of_a_head_have_one_shade_and_the_next_head_another():
 def test_shades_and_idle_are_told_apart_in_greyscale(look):
     greys = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in (*look.shades, look.faint)]
     assert all(abs(a - b) > 0.12 for a, b in itertools.combinations(greys, 2))
+
+
+def test_the_share_at_work_and_the_time_are_drawn_for_each_number_of_splits():
+    rows = [(1, 0.25, 40.0), (2, 0.5, 20.0), (3, 0.75, 13.0), (4, 1.0, 10.0)]
+    fig = plots.splits({"a": rows, "b": rows[:3]}, {"a": 4, "b": 2}, "unit", "title")
+    above, other_above, below, other_below = fig.axes
+    assert above.get_title("left") == "a: 4 splits, 100% busy"
+    assert other_above.get_title("left") == "b: 2 splits, 50% busy"
+    for ax, shown, mark in ((below, rows, rows[3]), (other_below, rows[:3], rows[1])):
+        curve, point, _ = ax.lines
+        assert list(curve.get_xdata()) == [row[0] for row in shown]
+        assert list(curve.get_ydata()) == [row[2] for row in shown]
+        assert (*point.get_xdata(), *point.get_ydata()) == (mark[0], mark[2])
+    edge = above.collections[0].get_paths()[0].vertices
+    assert edge[:, 1].max() == 1.0
+
+
+def test_memory_is_as_long_as_its_keys_and_what_is_idle():
+    (ax,) = plots.idle_memory({"a": (60, 0.4), "b": (60, 0.25)}, "title").axes
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([60, 40, 60, 20])
+    assert [bar.get_x() for bar in ax.patches] == [0, 60, 0, 60]
+    assert [text.get_text() for text in ax.texts] == ["40.0% idle", "25.0% idle"]

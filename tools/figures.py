@@ -24,9 +24,11 @@ from flashedu import ladder, plots
 from flashedu.bench import published, record, show
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
+from flashedu.pages import idle_in_contiguous, idle_in_pages
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
 from flashedu.stages import LADDER, online, reference
+from flashedu.stages.decode_tiles import splits_for
 from flashedu.testing import Error, draw, errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +221,32 @@ def sm_timeline() -> Figure:
     )  # fmt: skip
 
 
+@example
+def splits() -> Figure:
+    places, tiles, cases = gpu("h200").sm_count, 131072 // 128, {}
+    for B in (1, 8):
+        rows = []
+        for n in range(1, 2 * places // (2 * B) + 1):
+            each = -(-tiles // n)
+            work = [min(each, tiles - at) for at in range(0, tiles, each)] * 2 * B
+            done = max(finish_times(assign(work, places), places))
+            rows.append((n, sum(work) / (places * done), done))
+        cases[f"batch {B}"] = rows
+    chosen = {f"batch {B}": splits_for(places, 2 * B, 131072, 128) for B in (1, 8)}
+    return plots.splits(cases, chosen, "tiles, one after the other", "Splits fill the card")
+
+
+# the cache
+
+
+@example
+def idle_memory() -> Figure:
+    lengths = np.random.default_rng(0).integers(1, 4097, 64).tolist()
+    rooms = {f"pages of {n}": (sum(lengths), idle_in_pages(lengths, n)) for n in (16, 64, 256)}
+    alone = {"room for 4096": (sum(lengths), idle_in_contiguous(lengths, 4096))}
+    return plots.idle_memory(alone | rooms, "Memory of 64 sequences")
+
+
 # softmax and rounding
 
 
@@ -323,6 +351,12 @@ def speedup_against_heads() -> Figure:
 def memory() -> Figure:
     found = record.latest("memory", card="H200")
     return plots.memory(found, "Memory of forward and backward")
+
+
+@example
+def decode_times() -> Figure:
+    found = record.latest("decode", card="H200")
+    return plots.decode_times(found, "decode beside PyTorch's own")
 
 
 # held against a card, and against papers

@@ -1,26 +1,34 @@
-"""The tile player: a stage's run in a notebook, step by step, as its trace recorded it."""
+"""Players, for a notebook or a page of their own: what was recorded, step by step.
+
+`play` shows a stage's run, as its trace has it; `play_pages` the pages of a cache, as its allocator
+handed them out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashedu.memory import Problem
-from flashedu.player import page
-from flashedu.player.film import Film, Pack, pack, record
+from flashedu.player.film import Film, pack, record
+from flashedu.player.page import MAX_BYTES, Pack, Player
+from flashedu.player.pages import PagePlayer, RecordedAllocator, play_pages
 from flashedu.stages import LADDER, rung
 
-__all__ = ["Film", "Player", "play"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-MAX_BYTES = 150_000  # of HTML: a notebook holds several players
+__all__ = ["Film", "PagePlayer", "Player", "RecordedAllocator", "TilePlayer", "play", "play_pages"]
+
 MAX_TILES = 1000  # of S, in steps: more are refused before they are run,
 MAX_SCORES = 2**24  # and so are more elements of S, of all heads: a run takes a moment
 
 
-class Player:
-    """One or two recorded runs. The last line of a cell shows it; `save` makes a page of it."""
+class TilePlayer(Player):
+    """One or two recorded runs."""
+
+    kind = "tiles"
 
     def __init__(self, films: Sequence[Film]) -> None:
         self.films = tuple(films)
@@ -30,22 +38,11 @@ class Player:
         """What the page gets, a film each."""
         return [pack(film) for film in self.films]
 
-    @cached_property
-    def html(self) -> str:
-        """An element and the script that builds the player in it."""
-        return page.fragment(self.packs)
+    def storyboard(self) -> Figure:
+        """Three moments of each run, its tiles of S, and its bytes."""
+        from flashedu.player.still import storyboard
 
-    @cached_property
-    def still(self) -> bytes:
-        """The run in one picture, as PNG: what is seen where scripts are off."""
-        from flashedu.player.still import png
-
-        return png(self.films)
-
-    def save(self, path: str | Path) -> None:
-        """Write the player as a page that needs no network and no other file."""
-        text = page.page(self.packs, self.still, repr(self))
-        Path(path).write_text(text, encoding="utf-8")
+        return storyboard(self.films)
 
     def __repr__(self) -> str:
         return "Tile player: " + "; ".join(
@@ -53,15 +50,8 @@ class Player:
             for film in self.films
         )
 
-    def _ipython_display_(self) -> None:
-        """First the still, then the player, which hides it when its script runs."""
-        from IPython.display import display
 
-        for kind, data in (("image/png", self.still), ("text/html", self.html)):
-            display({kind: data, "text/plain": repr(self)}, raw=True)
-
-
-def play(*stages_and_problem: Any, seed: int = 0) -> Player:
+def play(*stages_and_problem: Any, seed: int = 0) -> TilePlayer:
     """Record a stage, or two to step side by side, and return the player.
 
     `play("tiled", problem)`, `play("tiled", "online", problem)` or `play(["tiled", "online"],
@@ -111,7 +101,7 @@ def play(*stages_and_problem: Any, seed: int = 0) -> Player:
     return player
 
 
-def _fitting(names: Sequence[str], p: Problem, seed: int) -> Player | None:
+def _fitting(names: Sequence[str], p: Problem, seed: int) -> TilePlayer | None:
     """The player; None if it would be too large."""
     if p.B * p.H * p.Nq * p.Nk > MAX_SCORES:
         return None
@@ -120,5 +110,5 @@ def _fitting(names: Sequence[str], p: Problem, seed: int) -> Player | None:
         heads = p.B * p.H if found.is_triton else 1  # others step through all heads at once
         if found.tile_sizes and heads * tiles > MAX_TILES:
             return None
-    player = Player([record(name, p, seed=seed) for name in names])
+    player = TilePlayer([record(name, p, seed=seed) for name in names])
     return player if len(player.html.encode()) <= MAX_BYTES else None

@@ -15,6 +15,7 @@ import numpy as np
 from flashedu import ladder, testing
 from flashedu.memory import Event, Machine, Problem
 from flashedu.memory.trace import visits
+from flashedu.player.page import Pack
 from flashedu.plots.style import LIGHT
 from flashedu.stages import Rung, rung
 
@@ -23,7 +24,6 @@ TENSORS = ("q", "k", "v", "s", "p", "o_f32", "m", "l", "o", "lse")  # in the ord
 STATE_ROWS, STATE_COLUMNS = 8, 4  # of each, the first
 LOWEST = np.finfo(np.float64).min  # a maximum before the first key
 
-Pack = dict[str, Any]
 Values = list[list[float]]  # the first rows and columns of a tile
 
 

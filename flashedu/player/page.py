@@ -7,12 +7,23 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flashedu.player.film import Pack
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Pack = dict[str, Any]
 
 FOLDER = Path(__file__).parent
 SENTENCE = "Run this cell to step through it."
+MAX_BYTES = 150_000  # of HTML: a notebook holds several players
+SCRIPTS = {  # what is played → what draws it; `panels` of the last but one gets the packs
+    "tiles": ("dom.js", "drawing.js", "tiles.js", "player.js"),
+    "pages": ("dom.js", "pages.js", "player.js"),
+}
+STYLES = {"tiles": ("player.css",), "pages": ("player.css", "pages.css")}
 
 SCRIPT = """(() => {
 "use strict";
@@ -24,7 +35,7 @@ function start(tries) {
   const host = [near, ...document.querySelectorAll(NAME)]
     .find((element) => element && element.matches(NAME) && !element.shadowRoot);
   if (host) {
-    mount(host, %(films)s, %(css)s);
+    mount(host, panels(%(packs)s), %(css)s);
     hideStill(host, 50);
   } else if (tries > 0) setTimeout(() => start(tries - 1), 100);
 }
@@ -52,25 +63,60 @@ img { max-width: 100%%; }
 """
 
 
-def fragment(films: Sequence[Pack]) -> str:
-    """What a notebook cell puts out: depends on the films alone, on any machine."""
-    js = f"{_read('drawing.js')}\n\n{_read('player.js')}"
-    css = _read("player.css")
-    packed = _literal(films)
+class Player:
+    """Something recorded. The last line of a cell shows it; `save` makes a page of it."""
+
+    kind: str  # one of SCRIPTS
+
+    @property
+    def packs(self) -> list[Pack]:
+        """What the page gets, a panel each."""
+        raise NotImplementedError
+
+    def storyboard(self) -> Figure:
+        """Its moments in one picture."""
+        raise NotImplementedError
+
+    @cached_property
+    def html(self) -> str:
+        """An element and the script that builds the player in it."""
+        return fragment(self.packs, self.kind)
+
+    @cached_property
+    def still(self) -> bytes:
+        """The storyboard as PNG: what is seen where scripts are off."""
+        from flashedu.player.still import png
+
+        return png(self.storyboard())
+
+    def save(self, path: str | Path) -> None:
+        """Write the player as a page that needs no network and no other file."""
+        title = html.escape(repr(self))
+        text = PAGE % {
+            "title": title,
+            "png": base64.b64encode(self.still).decode(),
+            "player": self.html,
+        }
+        Path(path).write_text(text, encoding="utf-8")
+
+    def _ipython_display_(self) -> None:
+        """First the still, then the player, which hides it when its script runs."""
+        from IPython.display import display
+
+        for kind, data in (("image/png", self.still), ("text/html", self.html)):
+            display({kind: data, "text/plain": repr(self)}, raw=True)
+
+
+def fragment(packs: Sequence[Pack], kind: str = "tiles") -> str:
+    """What a notebook cell puts out: depends on the packs alone, on any machine."""
+    js = "\n\n".join(_read(name) for name in SCRIPTS[kind])
+    css = "\n".join(_read(name) for name in STYLES[kind])
+    packed = _literal(packs)
     name = hashlib.sha256((js + css + packed).encode()).hexdigest()[:12]
-    script = SCRIPT % {"js": js, "css": _literal(css), "films": packed, "name": name}
+    script = SCRIPT % {"js": js, "css": _literal(css), "packs": packed, "name": name}
     return (
         f'<div data-flashedu-player="{name}"><p>{SENTENCE}</p></div>\n<script>\n{script}</script>'
     )
-
-
-def page(films: Sequence[Pack], png: bytes, title: str) -> str:
-    """A whole page, for a file; with scripts off it shows the still picture."""
-    return PAGE % {
-        "title": html.escape(title),
-        "png": base64.b64encode(png).decode(),
-        "player": fragment(films),
-    }
 
 
 def _read(name: str) -> str:

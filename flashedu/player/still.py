@@ -33,10 +33,9 @@ def storyboard(films: Sequence[Film], titles: Sequence[str] = ()) -> Figure:
     return fig
 
 
-def png(films: Sequence[Film]) -> bytes:
-    """The storyboard as a file."""
+def png(fig: Figure) -> bytes:
+    """The picture as a file; it is closed."""
     buffer = io.BytesIO()
-    fig = storyboard(films)
     fig.savefig(buffer, format="png", dpi=110)
     plt.close(fig)
     small = io.BytesIO()  # a quarter of the bytes, as a notebook keeps it

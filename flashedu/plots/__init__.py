@@ -4,6 +4,7 @@
 block.
 """
 
+from flashedu.plots.cache import idle_memory
 from flashedu.plots.checked import against_published, l2_and_dram, predicted_counted_measured
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
 from flashedu.plots.numerics import (
@@ -14,9 +15,9 @@ from flashedu.plots.numerics import (
     running_sums,
     two_answers,
 )
-from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, waiting
+from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, splits, waiting
 from flashedu.plots.softmax import running_state
-from flashedu.plots.speed import memory, speed, speedup_against_heads
+from flashedu.plots.speed import decode_times, memory, speed, speedup_against_heads
 from flashedu.plots.style import theme, use
 from flashedu.plots.tiles import loop_orders, visits, walks
 from flashedu.plots.traffic import (
@@ -35,8 +36,10 @@ __all__ = [
     "bit_layout",
     "busy_sms",
     "cumulative_traffic",
+    "decode_times",
     "error_against_n",
     "hierarchy",
+    "idle_memory",
     "l2_and_dram",
     "loop_orders",
     "masked_tiles",
@@ -50,6 +53,7 @@ __all__ = [
     "sm_timeline",
     "speed",
     "speedup_against_heads",
+    "splits",
     "sram_occupancy",
     "theme",
     "traffic",

@@ -12,6 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from flashedu.plots.style import headline, styled
 from flashedu.schedule import Run
@@ -173,3 +174,53 @@ def sm_timeline(
         )  # fmt: skip
         headline(fig, title)
     return fig
+
+
+def splits(
+    cases: Mapping[str, Sequence[tuple[int, float, float]]],
+    chosen: Mapping[str, int],
+    unit: str,
+    title: str,
+) -> Figure:
+    """What the number of splits does: above the share of a card at work, below the time.
+
+    `cases`: label → (splits, busy share, time in `unit`), a panel each. `chosen`: label → the
+    number of splits to mark.
+    """
+    with styled() as look:
+        fig, axes = plt.subplots(
+            2, len(cases), figsize=(8.8, 4.6), sharex="col", sharey="row", squeeze=False
+        )
+        for (above, below), (label, rows) in zip(axes.T, cases.items(), strict=True):
+            counts, busy, times = zip(*rows, strict=True)
+            above.fill_between(counts, busy, step="mid", color=look.sram, linewidth=0)
+            above.fill_between(counts, busy, 1, step="mid", color=look.faint, linewidth=0)
+            below.plot(counts, times, color=look.ink, drawstyle="steps-mid")
+            mark = chosen[label]
+            at = counts.index(mark)
+            below.plot([mark], [times[at]], marker="o", color=look.sram, markersize=8)
+            above.axvline(mark, color=look.ink, linewidth=1, linestyle="--")
+            below.axvline(mark, color=look.ink, linewidth=1, linestyle="--", zorder=0)
+            above.set_title(f"{label}: {mark} splits, {busy[at]:.0%} busy", fontsize=10.5,
+                            fontweight="normal")  # fmt: skip
+            above.set_ylim(0, 1)
+            above.set_xlim(counts[0] - 0.5, counts[-1] + 0.5)
+            above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            below.set_yscale("log")
+            below.set_xlabel("splits of the keys")
+        ticks = _round_ticks(*axes[1][0].get_ylim())
+        axes[1][0].set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes[1][0].minorticks_off()
+        axes[0][0].set_ylabel("SMs at work")
+        axes[1][0].set_ylabel(unit)
+        fig.legend(
+            handles=[Patch(color=look.sram, label="busy"), Patch(color=look.faint, label="idle")],
+            loc="outside lower right", ncols=2,
+        )  # fmt: skip
+        headline(fig, title)
+    return fig
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """1, 3, 10, 30 … between the two."""
+    return [tick for e in range(-3, 9) for tick in (10.0**e, 3 * 10.0**e) if low <= tick <= high]

@@ -120,6 +120,44 @@ def memory(record: Record, title: str) -> Figure:
     return fig
 
 
+def decode_times(record: Record, title: str) -> Figure:
+    """Time of one decoding step against the keys in the cache, log-log, a panel for each batch.
+
+    Bars on the points as in `speed`.
+    """
+    cases = record.cases("decode")
+    batches = sorted({case["B"] for case in cases})
+    shown = ("decode", "flash2", "sdpa-cudnn", "sdpa-flash", "copy")
+    with styled() as look:
+        fig, axes = plt.subplots(
+            1, len(batches), figsize=(9.2, 3.9), sharex=True, sharey=True, squeeze=False
+        )
+        for ax, B in zip(axes[0], batches, strict=True):
+            panel = [case for case in cases if case["B"] == B]
+            for peer, points in _by_peer(panel, "median_s").items():
+                if peer in shown:
+                    ns = [case["N"] for case, _ in points]
+                    middle = [1e6 * run["median_s"] for _, run in points]
+                    off = [[1e6 * abs(run["median_s"] - run[end]) for _, run in points]
+                           for end in ("p10_s", "p90_s")]  # fmt: skip
+                    _line(ax, look, peer, ns, middle, yerr=off)
+            ax.set_title(f"batch {B}", fontsize=10.5, fontweight="normal")
+            ax.set_yscale("log")
+        _n_axis(axes[0], {case["N"] for case in cases})
+        for ax in axes[0]:
+            ax.set_xlabel("keys in the cache")
+            ax.set_xticks(ax.get_xticks(), [f"{n // 1024:.0f}k" for n in ax.get_xticks()])
+        low, high = axes[0][0].get_ylim()
+        ticks = [tick for e in range(8) for tick in (10**e, 3 * 10**e) if low <= tick <= high]
+        axes[0][0].set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes[0][0].minorticks_off()
+        axes[0][0].set_ylabel("time of a step (µs)")
+        _legend(fig, axes.flat)
+        headline(fig, title)
+        _source(fig, record)
+    return fig
+
+
 def _source(fig: Figure, record: Record) -> None:
     fig.supxlabel(record.label, x=0.01, ha="left", fontsize=9.0 * max(1.0, fig.get_figwidth() / 8))
 

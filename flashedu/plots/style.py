@@ -23,7 +23,7 @@ STAGE_MARKER = {
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
 PEER_LINE = {
-    "decode": ("d", ":"),
+    "decode": ("d", "-."),
     "flash2": ("D", "-"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
@@ -34,6 +34,9 @@ PEER_LINE = {
     "standard": ("X", "-"),
     "copy": ("x", ":"),
 }
+
+# Sequences in a cache, in turn, in both themes; dark text on them. From Tol's light scheme.
+SEQUENCES = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#BBCC33")
 
 FORMAT_MARKER = {"float32": "o", "tf32": "^", "float16": "s", "bfloat16": "D"}
 
