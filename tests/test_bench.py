@@ -428,6 +428,16 @@ def test_the_pretended_record_has_what_a_measured_one_has():
     assert set(made["runs"][0]) == set(one(real, "a"))
 
 
+BESIDE = {  # section → who stands in its last columns
+    "speed": {"sdpa-flash", "sdpa-cudnn"},
+    "decode": {"sdpa-flash", "copy"},
+    "flash-decoding": {"flash2", "standard"},
+    "paged": {"paged-16", "paged-64", "paged-256"},
+    "varlen": {"padded", "padded-mask", "unmasked", "torch-varlen"},
+    "model": {"hf-sdpa", "hf-eager"},
+}
+
+
 def test_every_section_has_its_table_with_its_numbers():
     found = pretend.record()
     text = shown(found, 80)
@@ -436,16 +446,14 @@ def test_every_section_has_its_table_with_its_numbers():
         for entry in case["runs"]:
             if case["section"] == "memory" and entry["extra_bytes"] is not None:
                 assert human_bytes(entry["extra_bytes"]) in text
-            elif case["section"] == "decode":
+            elif case["section"] in ("decode", "paged"):
                 assert f" {entry['gb_per_s']:.0f} " in text
-            elif case["section"] == "short":
+            elif case["section"] in ("short", "flash-decoding", "model"):
                 assert f" {human_seconds(entry['median_s'])} " in text
             elif entry["tflops"] is not None:
                 assert f" {entry['tflops']:.3g} " in text
         ours = case["runs"][0]["times_as_fast_as"]
-        in_columns = case["section"] in ("speed", "decode")
-        beside = {"copy"} if case["section"] == "decode" else {"sdpa-cudnn"}
-        for peer in (beside | {"sdpa-flash"}) & set(ours if in_columns else ()):
+        for peer in BESIDE.get(case["section"], set()) & set(ours):
             assert f" {ours[peer][0]:.2f} ±" in text
     assert "standard at N 32768: out of memory" in text
     assert "at most 25% of its error budget was used" in " ".join(text.split())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
-from flashedu.bench import published
+from flashedu.bench import cases, published
 from flashedu.bench.published import Claim
 from flashedu.bench.record import NoRecord, Record, latest
+from tests import pretend
 
 
 def claim(low, high, ours, comparable=True):
@@ -55,6 +57,26 @@ def test_ratios_are_those_of_the_records():
              for run in case["runs"] if run["peer"] == "flash2"]  # fmt: skip
     share = max(rates) * 1e12 / 989e12  # of an H200, dense, float16
     assert found["share of the card's peak, flash2"].ours[0] == pytest.approx(share, rel=1e-3)
+
+
+def test_the_article_on_flash_decoding_is_beside_a_run_of_its_sizes(tmp_path):
+    assert list(published.FLASH_DECODING) == list(cases.FLASH_DECODING)
+    made = pretend.record(("flash-decoding",))
+    (tmp_path / "x.json").write_text(json.dumps(made.data))
+    found = {c.what: c for c in published.decoding(folder=tmp_path)}
+    assert len(found) == 2 * 4
+    seconds = {run["peer"]: run["median_s"]
+               for run in made.cases("flash-decoding", B=1, N=65536)[0]["runs"]}  # fmt: skip
+    beside_flash2 = found["time, flash2 / decode, B 1, 65,536 keys"]
+    assert beside_flash2.ours[0] == seconds["flash2"] / seconds["decode"]
+    assert beside_flash2.published[0] == pytest.approx(35.7, abs=0.05)
+    beside_standard = found["time, standard / decode, B 8, 8,192 keys"]
+    assert beside_standard.published[0] == pytest.approx(56.3, abs=0.05)
+
+
+def test_without_a_run_of_its_sizes_there_is_no_ratio(tmp_path):
+    with pytest.raises(NoRecord, match="section 'flash-decoding' of H200"):
+        published.decoding(folder=tmp_path)
 
 
 def without(record, keep):

@@ -1,6 +1,6 @@
 """Timing a model of Transformers: the same Llama with one attention, and with another.
 
-Its weights are random. A forward is held against the same model in float32, and generated tokens
+Its weights are random. A forward is held against the same model in float64, and generated tokens
 are held against what that model would have chosen.
 """
 
@@ -124,24 +124,26 @@ def work(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> Any:
 
 
 class Check:
-    """Results held against the same weights in float32, with eager attention.
+    """Results held against the same weights in float64, with eager attention.
+
+    Not all is float64: Transformers' norms and softmax take float32 there too.
 
     Hidden states may be off by twice what eager attention in the dtype is, and some roundings. So
-    may the logits that a token was chosen by: in float32 it is no further below the best one than
+    may the logits that a token was chosen by: in float64 it is no further below the best one than
     twice that, as both may be off.
     """
 
     def __init__(self, case: ModelCase, model: Any, inputs: Mapping[str, Any]) -> None:
         self._case, self._inputs = case, inputs
         model.set_attn_implementation("eager")
-        self._single = copy.deepcopy(model).float()
+        self._fine = copy.deepcopy(model).double()
         if case.new_tokens:
             tokens = work(model, inputs, case.new_tokens)
-            exact = self._logits(self._single, tokens)
+            exact = self._logits(self._fine, tokens)
             usual = self._logits(model, tokens)
         else:
-            exact, usual = work(self._single, inputs, 0), work(model, inputs, 0)
-            self._single = None  # its memory
+            exact, usual = work(self._fine, inputs, 0), work(model, inputs, 0)
+            self._fine = None  # its memory
             self._exact = exact
         floor = ROUNDINGS * torch.finfo(usual.dtype).eps * exact.abs().max().item()
         self._budget = 2 * _distance(usual, exact) + floor
@@ -153,7 +155,7 @@ class Check:
         tokens = results["tokens"]
         if tokens.shape != (self._case.B, self._case.new_tokens):
             raise AssertionError(f"the shape is {tuple(tokens.shape)}")
-        logits = self._logits(self._single, tokens)
+        logits = self._logits(self._fine, tokens)
         chosen = logits.gather(-1, tokens[..., None])[..., 0]
         below = (logits.amax(-1) - chosen).max().item()
         return {"tokens": Error(below, 2 * self._budget)}
@@ -162,24 +164,21 @@ class Check:
     def _logits(self, model: Any, tokens: Any) -> Any:
         """For each of these tokens, the logits that it was chosen by: (B, new_tokens, vocabulary).
 
-        All at once: the model sees the prompt and the tokens before.
+        Each prompt alone, without its padding, and with the tokens that followed.
         """
-        before, seen = tokens[:, :-1], self._inputs["attention_mask"]
-        seen = torch.cat([seen, torch.ones_like(before)], 1)
-        ids = torch.cat([self._inputs["input_ids"], before], 1)
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)
-        return model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False,
-            logits_to_keep=tokens.shape[1],
-        ).logits  # fmt: skip
+        found = []
+        for prompt, seen, written in zip(*self._inputs.values(), tokens, strict=True):
+            ids = torch.cat([prompt[seen.bool()], written[:-1]])[None]
+            found.append(model(input_ids=ids, use_cache=False, logits_to_keep=len(written)).logits)
+        return torch.cat(found)
 
     def __str__(self) -> str:
         if self._case.new_tokens:
-            return "each token: its logit in float32 beside the best one"
-        return "all hidden states, against the same model in float32 with eager attention"
+            return "the logit of each token beside the best one, in float64"
+        return "all hidden states, against the same model in float64 with eager attention"
 
 
 def _distance(got: Any, want: Any) -> float:
     if got.shape != want.shape:
         raise AssertionError(f"the shape is {tuple(got.shape)}, not {tuple(want.shape)}")
-    return (got.float() - want.float()).abs().max().item()
+    return (got.double() - want.double()).abs().max().item()

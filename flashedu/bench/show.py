@@ -80,9 +80,8 @@ def tables(record: Record) -> Iterator[RenderableType]:
     ]
     if used:
         yield Text(
-            f"\nBefore it was timed, each result was checked against float64 (that of a model "
-            f"against float32): at most {max(used):.0%} of its error budget was used. Speeds are "
-            f"medians. The last columns "
+            f"\nBefore it was timed, each result was checked against float64: at most "
+            f"{max(used):.0%} of its error budget was used. Speeds are medians. The last columns "
             f"are flash2's speed over the other's, in the later sections that of decode, varlen "
             f"and FlashEdu, taken within each round: the median ± half of what lies between the "
             f"10th and the 90th percentile. For memory, the other's over ours."
