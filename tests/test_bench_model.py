@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashedu.bench import cases, record
 from flashedu.bench.cases import Choice, ModelCase, plan
 from flashedu.bench.run import measure
 from flashedu.stages import rung
@@ -19,7 +20,7 @@ pytest.importorskip("transformers")
 from flashedu.bench import models
 from flashedu.bench.peers import MODELS, ModelPeer
 from tests import pretend
-from tests.test_bench import BY_NAME, Toy, one, shown
+from tests.test_bench import BY_NAME, Toy, cli_run, one, shown, toy  # noqa: F401
 
 PEERS = tuple(peer.name for peer in MODELS)
 TEXT = ModelCase("model", "fwd", PEERS, B=1, N=96, H=4, H_kv=2, D=16, layers=2, intermediate=64,
@@ -135,6 +136,21 @@ def test_without_transformers_a_sentence_says_so(monkeypatch):
     assert {entry["why"] for entry in found["runs"]} == {
         "Missing: needs Transformers: pip install transformers"
     }
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_run_is_a_record_that_show_prints(capsys, monkeypatch, tmp_path):
+    written = [replace(WRITTEN, pass_="prefill", new_tokens=1), WRITTEN]
+    monkeypatch.setitem(cases.SECTIONS, "model", lambda choice: [TEXT, *written])
+    options = ("--sections", "model", "--rounds", "1", "--peers", "hf-sdpa,hf-eager")
+    code, out, err = cli_run(capsys, *options, "--out", tmp_path / "x.json")
+    assert code == 0, err
+    assert "[3/3] model: generate B 3 N 24 and 5 more heads 4/2 2 layers bfloat16 direct" in err
+    found = record.load(tmp_path / "x.json")
+    assert [case["new_tokens"] for case in found.cases("model")] == [0, 1, 5]
+    assert "model: time, bfloat16, forward" in out
+    assert "model: peak memory beyond inputs, bfloat16, all tokens" in out
+    assert cli_run(capsys, "show", tmp_path / "x.json") == (0, out, "")
 
 
 def test_the_time_of_a_token_is_what_all_take_beyond_the_first():
