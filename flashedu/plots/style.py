@@ -18,7 +18,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
 STAGE_MARKER = {
-    "naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^", "decode": "P",
+    "naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^",
+    "varlen": "<", "decode": "P",
 }  # fmt: skip
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
@@ -109,7 +110,8 @@ LIGHT = Look(
         "online": "#737373",
         "flash1": "#494949",
         "flash2": "#111111",
-        "decode": "#868686",  # beside flash2, never among the ladder
+        "varlen": "#5E5E5E",  # beside flash2, never among the ladder
+        "decode": "#868686",
     },
     peer={  # ours are black
         "decode": "#111111",
@@ -164,6 +166,7 @@ DARK = Look(
         "online": "#B0B0B0",
         "flash1": "#D7D7D7",
         "flash2": "#FEFEFE",
+        "varlen": "#C4C4C4",
         "decode": "#9C9C9C",
     },
     peer={
