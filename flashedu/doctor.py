@@ -112,7 +112,7 @@ def as_dict(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
 
 def _python(facts: Facts) -> Finding:
     first, last = (".".join(map(str, v)) for v in PYTHON)
-    if PYTHON[0] <= _version(facts.python)[:2] <= PYTHON[1]:
+    if PYTHON[0] <= version(facts.python)[:2] <= PYTHON[1]:
         return Finding("Python", facts.python)
     return Finding(
         "Python",
@@ -137,11 +137,11 @@ def _needed(facts: Facts, name: str) -> Finding:
             f"pip install --force-reinstall {name}",
             blocks=True,
         )
-    if not _version(found):
+    if not version(found):
         return Finding(name, "a version without a number", "note", f"{low} or newer is needed")
-    if _version(found) < _version(low):
+    if version(found) < version(low):
         return Finding(name, found, "problem", f"too old: {install}", blocks=True)
-    if high and _version(found) >= _version(high):
+    if high and version(found) >= version(high):
         return Finding(name, found, "problem", f"too new: {install}", blocks=True)
     return Finding(name, found)
 
@@ -151,7 +151,7 @@ def _for_notebooks(facts: Facts, name: str) -> Finding:
     advice = f'to {use}: pip install "{name}>={low}"'
     if found is None:
         return Finding(name, "not installed", "note", advice)
-    if _version(found) < _version(low):
+    if version(found) < version(low):
         return Finding(name, found, "note", f"too old {advice}")
     return Finding(name, found)
 
@@ -196,16 +196,16 @@ def _triton(facts: Facts) -> list[Finding]:
     if "triton" in facts.broken:
         reason = f"{found}, which fails to import: {facts.broken['triton']}"
         return [Finding("triton", reason, "problem", "pip install --force-reinstall triton")]
-    if _version(found) < _version(TRITON):
+    if version(found) < version(TRITON):
         return [Finding("triton", found, "problem", f'too old: pip install "triton>={TRITON}"')]
     return [_triton_with_torch(facts, found), _triton_mode(facts), *_triton_traps(facts, found)]
 
 
 def _triton_with_torch(facts: Facts, found: str) -> Finding:
     torch = facts.versions.get("torch", "")
-    major, minor = (*_version(torch), 0, 0)[:2]
+    major, minor = (*version(torch), 0, 0)[:2]
     wanted = TRITON_OF_TORCH.get((major, minor))
-    if wanted is None or wanted == _version(found)[:2]:
+    if wanted is None or wanted == version(found)[:2]:
         return Finding("triton", found)
     pair = ".".join(map(str, wanted))
     return Finding(
@@ -236,7 +236,7 @@ def _triton_traps(facts: Facts, found: str) -> list[Finding]:
     findings = []
     interpreted = facts.triton_interpret or not facts.torch_sees_gpu
     numpy = facts.versions.get("numpy", "0")
-    if _version(found)[:2] == (3, 6) and _version(numpy) >= (2, 4):  # a GPU machine counts so too
+    if version(found)[:2] == (3, 6) and version(numpy) >= (2, 4):  # a GPU machine counts so too
         findings.append(Finding(
             "Triton interpreter",
             f"triton {found} with NumPy {numpy}: masked loads and stores fail (triton #9171)",
@@ -278,7 +278,7 @@ def _usable(facts: Facts, name: str) -> bool:
     return name in facts.versions and name not in facts.broken
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version(text: str) -> tuple[int, ...]:
     """(2, 13, 0) for 2.13.0+cpu; () for what is no version.
 
     A release candidate counts as the release.
@@ -290,17 +290,17 @@ def _version(text: str) -> tuple[int, ...]:
 # from the machine to facts
 
 
-def look() -> Facts:
-    """The facts of this machine. Imports torch and triton, if they are there."""
-    names = [*NEEDED, *NOTEBOOKS, "triton"]
+def look(*more: str) -> Facts:
+    """The facts of this machine. Imports torch, triton and `more`, if they are there."""
+    names = [*NEEDED, *NOTEBOOKS, "triton", *more]
     versions = {name: v for name in names if (v := _installed(name)) is not None}
     broken: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for name in ("numpy", "torch", "triton"):
+        for name in ("numpy", "torch", "triton", *more):
             # triton by way of triton_mode, which chooses its mode before it is imported
             by_mode = name == "triton" and "torch" in versions and "torch" not in broken
-            module = "flashedu.stages.triton_mode" if by_mode else name
+            module = "flashedu.stages.triton_mode" if by_mode else name.replace("-", "_")
             if name in versions and (reason := _import_error(module)):
                 broken[name] = reason
         caught.clear()
@@ -354,9 +354,9 @@ def _cards(torch: Any) -> tuple[Card, ...]:
     drivers = _nvidia_smi()
     if torch is None:
         return drivers
-    version = drivers[0].driver if drivers else None
+    driver = drivers[0].driver if drivers else None
     found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    return tuple(Card(p.name, version, (p.major, p.minor), p.total_memory) for p in found)
+    return tuple(Card(p.name, driver, (p.major, p.minor), p.total_memory) for p in found)
 
 
 def _nvidia_smi() -> tuple[Card, ...]:
