@@ -104,8 +104,10 @@ def _one_line(error: Any, args: list[str]) -> str:
     if kind == "BadOptionUsage":
         if "does not take a value" in error.message:
             return f"{command}: {error.option_name} takes no value"
-        usual = [param.default for param in params if error.option_name in param.opts]
-        example = usual[0] if usual and usual[0] is not None else 1
+        asked = [param for param in params if error.option_name in param.opts]
+        usual = [param.default for param in asked]
+        named = any(param.metavar == "NAME_OR_PATH" for param in asked)
+        example = "llama" if named else usual[0] if usual and usual[0] is not None else 1
         return f"{command}: {error.option_name} needs a value, as in {error.option_name} {example}"
     if isinstance(error, typer.BadParameter) and error.param is not None:
         return f"{command}: {error.param.opts[0]} {error.message}"

@@ -42,6 +42,11 @@ class Named:
 
 def find(name: str) -> Named:
     """A file comes before a model type of the same name, and that before the Hub cache."""
+    with quiet():  # the modules of some models warn when they are imported
+        return _find(name)
+
+
+def _find(name: str) -> Named:
     path = os.path.expanduser(name)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     if os.path.isfile(file):
@@ -56,33 +61,37 @@ def find(name: str) -> Named:
         raise UnknownModel(f"the folder {name!r} has no config.json")
     cached = _in_the_cache(name)
     if cached is None:
-        near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0.7)
+        near = difflib.get_close_matches(name, _like(name), n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"name {MAY_BE}"
         raise UnknownModel(f"{name!r} is not here, and nothing is downloaded; {hint}")
     return _from_file(cached, "from the local Hub cache")
 
 
-def _known_names() -> list[str]:
-    """Model types, and the classes that most people name."""
-    return [*CONFIG_MAPPING, *(n for n in dir(transformers) if n.endswith(("Model", "LM")))]
+def _like(name: str) -> list[str]:
+    """Model types, or classes for a name in capitals."""
+    if name.islower():
+        return list(CONFIG_MAPPING)
+    return [known for known in dir(transformers) if known.endswith(("Model", "LM"))]
 
 
 def _from_file(file: Path, source: str) -> Named:
     values = _read(file)
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        if "auto_map" in values:
-            return Named(source, PreTrainedConfig.from_dict(values), None)
-        if not isinstance(kind, str):
-            raise UnknownModel(f'{file} has no model_type, as in "model_type": "llama"')
+    if not isinstance(kind, str):
+        raise UnknownModel(f'{file} has no model_type, as in "model_type": "llama"')
+    names = values.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise UnknownModel(f"{file}: architectures must be a list of names, got {names!r}")
+    known = kind in CONFIG_MAPPING
+    if not known and "auto_map" not in values:
         version = transformers.__version__
         raise UnknownModel(f"{file}: Transformers {version} has no model_type {kind!r}")
+    config_class = CONFIG_MAPPING[kind] if known else PreTrainedConfig
     try:
-        with quiet():
-            config = CONFIG_MAPPING[kind].from_dict(values)
+        config = config_class.from_dict(values)
     except Exception as error:  # whatever the config's own checks raise
         raise UnknownModel(f"{file} is no config of {kind}: {sentence(error)}") from None
-    return Named(source, config, _class_for(config))
+    return Named(source, config, _class_for(config) if known else None)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -99,8 +108,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _default(config_class: Any) -> Any:
     try:
-        with quiet():
-            return config_class()
+        return config_class()
     except Exception as error:
         what = f"{config_class.__name__} has no default"
         raise UnknownModel(f"{what}: {sentence(error)}; name a folder with a config.json") from None
