@@ -173,14 +173,21 @@ def test_a_stage_without_runs_says_so(stage: str) -> None:
         attention(q, k, v, runs=packed(TEXTS), stage=stage)
 
 
-def test_runs_that_lead_nowhere_are_read_as_no_keys() -> None:
+@pytest.mark.parametrize("stage", ["varlen", "decode"])
+def test_runs_that_lead_nowhere_are_read_as_no_keys(stage: str) -> None:
     """No address beyond the arrays is touched: a counted load there would raise."""
-    q, k, v, do = draw(P, framework="torch")
+    q, k, v, _ = draw(P, framework="torch")
     wild = torch.tensor([-(2**31), 2**31 - 1, 0, 79] * 20, dtype=torch.int32)[None]
     runs, machine = Runs(wild, wild.flip(1).contiguous()), Machine()
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o = varlen.attention(*leaves, runs=runs, machine=machine, **TILES)
-    got = torch.autograd.grad(o, leaves, do)
-    assert_right(
-        Reference(o.detach(), None, *got), q.detach(), k.detach(), v.detach(), do, runs=runs
-    )
+    with torch.no_grad():
+        got = rung(stage).load().attention_with_lse(q, k, v, runs=runs, machine=machine, **TILES)
+    assert_right(Reference(*got), q, k, v, runs=runs)
+
+
+def test_runs_that_lead_nowhere_have_no_gradients() -> None:
+    q, k, v, do = draw(P, framework="torch")
+    wild = torch.tensor([-(2**31), 2**31 - 1, 0, 79] * 20, dtype=torch.int32)[None]
+    runs, leaves = Runs(wild, wild.flip(1).contiguous()), [x.requires_grad_() for x in (q, k, v)]
+    o = varlen.attention(*leaves, runs=runs, machine=Machine(), **TILES)
+    got = Reference(None, None, *torch.autograd.grad(o, leaves, do))
+    assert_right(got, *(x.detach() for x in leaves), do, runs=runs)

@@ -117,8 +117,9 @@ def decode_kernel(
     begin, end = 0, Nk  # what the splits share
     if FIRST is not None:
         run = b.to(tl.int64) * Nq + tl.minimum(queries, Nq - 1)
-        first_i, stop_i = tl.load(FIRST + run), tl.minimum(tl.load(STOP + run), Nk)
-        begin = tl.maximum(0, tl.min(first_i)) // BLOCK_K * BLOCK_K
+        first_i = tl.minimum(tl.maximum(tl.load(FIRST + run), 0), Nk)
+        stop_i = tl.minimum(tl.maximum(tl.load(STOP + run), 0), Nk)
+        begin = tl.min(first_i) // BLOCK_K * BLOCK_K
         end = tl.max(stop_i)
     keys_per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_K), splits) * BLOCK_K
     start = begin + split * keys_per_split

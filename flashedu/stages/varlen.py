@@ -139,9 +139,11 @@ def forward_kernel(
 
 @triton.jit
 def _load_runs(FIRST, STOP, b, rows, Nq, Nk):
-    """Rows beyond the last have its run, so that they widen none."""
+    """first and stop, 0 to Nk. Rows beyond the last have its run, so that they widen none."""
     here = b.to(tl.int64) * Nq + tl.minimum(rows, Nq - 1)
-    return tl.maximum(tl.load(FIRST + here), 0), tl.minimum(tl.load(STOP + here), Nk)
+    first_i = tl.minimum(tl.maximum(tl.load(FIRST + here), 0), Nk)
+    stop_i = tl.minimum(tl.maximum(tl.load(STOP + here), 0), Nk)
+    return first_i, stop_i
 
 
 @triton.jit
