@@ -389,9 +389,6 @@ MUTANTS = [
     Mutant("varlen", "a tile that some rows see is not masked", RUNS,
            "all_begin = tl.cdiv(tl.max(first_i), BLOCK_K) * BLOCK_K",
            "all_begin = tl.cdiv(tl.min(first_i), BLOCK_K) * BLOCK_K"),
-    Mutant("varlen", "a row without keys sees those of its tile", RUNS,
-           "all_end = tl.min(tl.where(some, stop_i, 0)) // BLOCK_K * BLOCK_K",
-           "all_end = tl.min(stop_i) // BLOCK_K * BLOCK_K"),
     Mutant("varlen", "the masked tiles behind the middle are left out", RUNS,
            "    for MASKED in tl.static_range(2):  # first the tiles in the middle",
            "    end = all_end\n"
@@ -408,9 +405,9 @@ MUTANTS = [
     Mutant("varlen", "backward, queries whose run begins in a tile are not masked", RUNS,
            "torch.searchsorted(so_far(first), start, right=True),",
            "torch.searchsorted(so_far(first), whole, right=True),"),
-    Mutant("varlen", "backward, the tiles of the first batch for all", GRADIENTS,
+    Mutant("varlen", "backward, the tiles of the first batch for all", RUNS,
            "4 * (b * tl.cdiv(Nk, BLOCK_K) + j // BLOCK_K)", "4 * (j // BLOCK_K + 1)"),
-    Mutant("varlen", "backward, no mask", GRADIENTS,
+    Mutant("varlen", "backward, no mask", RUNS,
            's_ji = tl.where(_visible(first_i, stop_i, cols).T, s_ji, float("-inf"))', "pass"),
     Mutant("varlen", "runs are read twice", COUNTED,
            "first_i, stop_i = _load_runs(FIRST, STOP, b, rows, Nq, Nk)\n\n"

@@ -22,13 +22,10 @@ from flashedu.stages import flash2, online, varlen
 from flashedu.stages.reference import Reference
 from flashedu.stages.runs import Runs, everywhere, packed
 
-# What differs from flash2: the mask, and what is loaded for it. The rest is flash2's, line by line.
+# What differs from flash2: the mask, and what is loaded for it. A card runs the whole contract.
 CLAIMS = [
     "runs_match_float64",
     "texts_do_not_mix",
-    "outputs_match_float64",
-    "gradients_match_float64",
-    "gradients_of_lse_match_float64",
     "rows_that_see_no_key_give_zero",
     "empty_inputs_work",
     "counted_bytes_are_the_closed_form",
@@ -61,6 +58,17 @@ def test_each_text_is_attended_as_if_it_were_alone(causal: bool) -> None:
     for *got, q_t, k_t, v_t, do_t in texts:
         if len(q_t[0, 0]):
             assert_right(Reference(*got), q_t, k_t, v_t, do_t, causal=causal)
+
+
+def test_the_gradient_of_lse_is_that_of_flash2() -> None:
+    q, k, v, do = draw(P, framework="torch")
+    results = []
+    for stage in (flash2, varlen):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        _, lse = stage.attention_with_lse(*leaves, causal=True, **TILES)
+        results.append(torch.autograd.grad(lse, leaves, do[..., 0]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=64 * 2**-24 * theirs.abs().max())
 
 
 def test_packed_texts_move_fewer_bytes_and_flops_than_padded_ones() -> None:

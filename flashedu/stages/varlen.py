@@ -156,7 +156,7 @@ def _keys_seen(first_i, stop_i, Nk, BLOCK_K: tl.constexpr):
     begin = tl.min(tl.where(some, first_i, Nk)) // BLOCK_K * BLOCK_K
     end = tl.max(tl.where(some, stop_i, 0))
     all_begin = tl.cdiv(tl.max(first_i), BLOCK_K) * BLOCK_K
-    all_end = tl.min(tl.where(some, stop_i, 0)) // BLOCK_K * BLOCK_K
+    all_end = tl.min(stop_i) // BLOCK_K * BLOCK_K
     if all_end <= all_begin:
         all_begin = begin
         all_end = begin
@@ -280,9 +280,7 @@ def queries_that_see(first, stop, Nk, block_k):
     behind the last of those that see all of it. The maximum so far, and the minimum from here on,
     only grow along the queries, so each is found by bisection.
     """
-    first, stop = first.clamp(min=0), stop.clamp(max=Nk)
-    blind = first >= stop
-    first, stop = first.masked_fill(blind, Nk), stop.masked_fill(blind, 0)
+    first, stop = first.clamp(0, Nk), stop.clamp(0, Nk)
 
     def so_far(x):
         return x.cummax(1).values
