@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -54,6 +55,7 @@ def in_pages(tile: Tile, page_size: int) -> Tile:
     return tile._replace(block_k=min(tile.block_k, page_size, 64), stages=stages)
 
 
+@functools.cache  # a model asks once a layer
 def splits_for(slots: int, parts: int, Nk: int, block_k: int) -> int:
     """So many splits that programs fill the card, in whole waves.
 

@@ -51,12 +51,25 @@ def in_tiles(X, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """An array of x's shape that a descriptor can address: its rows begin every 16 bytes."""
+    """An array of x's shape that a descriptor can address: its rows begin every 16 bytes.
+
+    Heads lie in memory as those of x: in a model, where all heads of a token lie side by side, its
+    projections give and take tensors without a copy.
+    """
     bfloat16_is_float32 = triton_mode.INTERPRETED and x.dtype == torch.bfloat16
     dtype = torch.float32 if bfloat16_is_float32 else x.dtype
-    per_16_bytes, D = 16 // dtype.itemsize, x.shape[3]
+    per_16_bytes, (B, heads, N, D) = 16 // dtype.itemsize, x.shape
     width = -(-D // per_16_bytes) * per_16_bytes
-    return hbm.empty((*x.shape[:3], width), x, dtype)[..., :D]
+    if x.stride(1) < x.stride(2):
+        return hbm.empty((B, N, heads, width), x, dtype).transpose(1, 2)[..., :D]
+    return hbm.empty((B, heads, N, width), x, dtype)[..., :D]
+
+
+def without_padding(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a kernel wrote into `empty_like`, as a result: dense, and of the caller's dtype."""
+    x = x.to(dtype)
+    is_dense = x.numel() == x.untyped_storage().nbytes() // x.itemsize
+    return x if is_dense else x.contiguous()
 
 
 def columns(D: int) -> int:

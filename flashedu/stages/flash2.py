@@ -25,7 +25,13 @@ from flashedu.memory.machine import UNCOUNTED
 from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
 from flashedu.stages.contract import check, dtype_name
-from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
+from flashedu.stages.descriptors import (
+    columns,
+    empty_like,
+    in_tiles,
+    tiles_of,
+    without_padding,
+)
 from flashedu.stages.flash2_tiles import tiles_for_call
 
 import triton
@@ -309,7 +315,7 @@ def forward(q, k, v, problem, scale, machine, tile):
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return o.to(q.dtype).contiguous(), lse
+    return without_padding(o, q.dtype), lse
 
 
 @triton_mode.on_its_card
@@ -351,7 +357,7 @@ def backward(do, dlse, q, k, v, o, lse, problem, scale, machine, tiles):
             **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
-    return tuple(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return tuple(without_padding(dx, x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
 
 
 # for PyTorch
@@ -396,9 +402,7 @@ def flash2_op(
 
 @flash2_op.register_fake
 def _(q, k, v, causal, scale, block_q, block_k):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        q.shape[:3], dtype=torch.float32
-    )
+    return without_padding(empty_like(q), q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("flashedu::flash2_backward", mutates_args=())
@@ -415,7 +419,7 @@ def flash2_backward_op(
 
 @flash2_backward_op.register_fake
 def _(do, dlse, q, k, v, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(without_padding(empty_like(x), x.dtype) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -28,7 +28,13 @@ from flashedu.memory.problem import Problem
 from flashedu.stages import runs as runs_of
 from flashedu.stages import triton_mode
 from flashedu.stages.contract import check, dtype_name
-from flashedu.stages.descriptors import columns, empty_like, in_tiles, tiles_of
+from flashedu.stages.descriptors import (
+    columns,
+    empty_like,
+    in_tiles,
+    tiles_of,
+    without_padding,
+)
 from flashedu.stages.flash2 import DELTA_ROWS, TINY, delta_kernel, load_lse, tile_and_head
 from flashedu.stages.flash2_tiles import tiles_for_call
 
@@ -322,7 +328,7 @@ def forward(q, k, v, first, stop, problem, scale, machine, tile):
             GROUP=H // H_kv, COLUMNS=columns(D), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return o.to(q.dtype).contiguous(), lse
+    return without_padding(o, q.dtype), lse
 
 
 @triton_mode.on_its_card
@@ -366,7 +372,7 @@ def backward(do, dlse, q, k, v, o, lse, first, stop, problem, scale, machine, ti
             **sizes, BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
-    return tuple(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return tuple(without_padding(dx, x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
 
 
 # for PyTorch
@@ -412,9 +418,7 @@ def varlen_op(
 
 @varlen_op.register_fake
 def _(q, k, v, first, stop, scale, block_q, block_k):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        q.shape[:3], dtype=torch.float32
-    )
+    return without_padding(empty_like(q), q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("flashedu::varlen_backward", mutates_args=())
@@ -431,7 +435,7 @@ def varlen_backward_op(
 
 @varlen_backward_op.register_fake
 def _(do, dlse, q, k, v, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(without_padding(empty_like(x), x.dtype) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output):
