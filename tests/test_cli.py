@@ -228,7 +228,7 @@ BAD_OPTIONS = {
     "doctor --jsn": "flashedu doctor: no option --jsn; did you mean --json?",
     "bench --d 64,x": "flashedu bench: --d must be an integer from 1 to 256, got 'x'",
     "bench --sections fast": "flashedu bench: --sections must be one of speed, flash1, memory, "
-    "standard, short, decode, got 'fast'",
+    "standard, short, decode, flash-decoding, paged, varlen, model, got 'fast'",
     "bench --rounds 0": "flashedu bench: --rounds must be an integer from 1 to 1000000000, got '0'",
     "bench --dtype float64": "flashedu bench: --dtype must be one of bfloat16, float16, float32, "
     "got 'float64'",

@@ -109,11 +109,6 @@ def decode_kernel(
     rows = i + tl.arange(0, BLOCK_Q)
     queries = rows // GROUP  # a row for each head of the group, then the next query
 
-    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
-    m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    l_i = tl.zeros([BLOCK_Q], tl.float32)
-    acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
-
     begin, end = 0, Nk  # what the splits share
     if FIRST is not None:
         run = b.to(tl.int64) * Nq + tl.minimum(queries, Nq - 1)
@@ -121,6 +116,11 @@ def decode_kernel(
         stop_i = tl.minimum(tl.maximum(tl.load(STOP + run), 0), Nk)
         begin = tl.min(first_i) // BLOCK_K * BLOCK_K
         end = tl.max(stop_i)
+    q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
+    m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_Q], tl.float32)
+    acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
+
     keys_per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_K), splits) * BLOCK_K
     start = begin + split * keys_per_split
     stop = tl.minimum(end, start + keys_per_split)

@@ -100,12 +100,13 @@ def paged_kernel(
     rows = i + tl.arange(0, BLOCK_Q)
     queries = rows // GROUP
 
+    Nk = tl.load(LENGTHS + b)  # on its way while q_i is
     q_i = Q.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS)
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc_i = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
 
-    Nk = tl.minimum(tl.maximum(0, tl.load(LENGTHS + b)), max_pages * PAGE)  # as the table has
+    Nk = tl.minimum(tl.maximum(0, Nk), max_pages * PAGE)  # as the table has
     keys_per_split = tl.cdiv(tl.cdiv(Nk, BLOCK_K), splits) * BLOCK_K
     start = split * keys_per_split
     last = tl.minimum(Nq - 1, (i + BLOCK_Q - 1) // GROUP)
