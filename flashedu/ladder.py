@@ -104,34 +104,50 @@ def _row(rung: Rung, p: Problem, card: GPU, seed: int) -> Row:
 
 
 def count(
-    stage: str, problem: Problem, *, trace: bool = False, backward: bool = False, seed: int = 0
+    stage: str,
+    problem: Problem,
+    *,
+    lengths: Sequence[int] | None = None,
+    trace: bool = False,
+    backward: bool = False,
+    seed: int = 0,
 ) -> Machine:
     """Run a stage's forward on drawn inputs, on the CPU; return the machine that counted it.
 
+    `lengths`: of texts one behind another, which add up to N, for a stage that takes runs.
     `backward`: run its backward too. Raises ValueError for a problem that the stage does not take.
     """
     rung = find_rung(stage)
     reason = rung.refuses(problem)
     if reason is not None:
         raise ValueError(reason)
-    return _counting(rung, _count, rung, problem, trace, backward, seed)
+    return _counting(rung, _count, rung, problem, lengths, trace, backward, seed)
 
 
-def _count(rung: Rung, p: Problem, trace: bool, backward: bool, seed: int) -> Machine:
+def _count(
+    rung: Rung, p: Problem, lengths: Sequence[int] | None, trace: bool, backward: bool, seed: int
+) -> Machine:
     from flashedu import testing
 
     q, k, v, do = testing.draw(p, framework=rung.framework, seed=seed)
     machine = Machine(trace=trace)
     if not backward:
-        _attend(rung, p, q, k, v, machine)
+        _attend(rung, p, q, k, v, machine, lengths)
         return machine
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    _attend(rung, p, q, k, v, machine).backward(do)
+    _attend(rung, p, q, k, v, machine, lengths).backward(do)
     return machine
 
 
-def _attend(rung: Rung, p: Problem, q: Any, k: Any, v: Any, machine: Machine) -> Any:
-    return rung.load().attention(q, k, v, causal=p.causal, machine=machine, **rung.tiles_of(p))
+def _attend(
+    rung: Rung, p: Problem, q: Any, k: Any, v: Any, machine: Machine, lengths: Any = None
+) -> Any:
+    how: dict[str, Any] = {"causal": p.causal}
+    if lengths is not None:
+        from flashedu.stages.runs import packed
+
+        how = {"runs": packed(lengths, causal=p.causal)}
+    return rung.load().attention(q, k, v, machine=machine, **how, **rung.tiles_of(p))
 
 
 def _counting(rung: Rung, function: Callable[..., Any], *args: Any) -> Any:

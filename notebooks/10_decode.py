@@ -4,7 +4,7 @@
 # **Claim.** A model that writes has one query and a long cache. The keys are split over many programs, and the parts
 # merge by the online softmax once more. The keys may lie anywhere in memory.
 #
-# Before: [09 · Numerics](09_numerics.ipynb). Next: 11 · Transformers.
+# Before: [09 · Numerics](09_numerics.ipynb). Next: [11 · Transformers](11_transformers.ipynb).
 
 # %%
 from contextlib import suppress

@@ -132,6 +132,13 @@ def test_a_config_that_cannot_be_built_at_all_is_not_taken_for_a_refusal(tmp_pat
     assert effect(model(seen)) == "unknown"
 
 
+def test_flashedu_registered_before_changes_nothing(tmp_path) -> None:
+    from flashedu.integrations.transformers import register
+
+    register()
+    assert seen_in(tmp_path, "llama").called
+
+
 def test_a_class_without_attention_has_nothing_to_set(tmp_path) -> None:
     assert effect(model(seen_in(tmp_path, "mamba"))) == "none"
 

@@ -248,6 +248,19 @@ def test_the_times_of_decoding_are_those_of_the_record_a_panel_a_batch(recorded)
                  if run["peer"] == peer])  # fmt: skip
 
 
+def test_bars_of_packed_texts_and_of_a_model_are_as_long_as_recorded(recorded):
+    fig = plots.packed_times(recorded, 128, "title")
+    assert [ax.get_title("left") for ax in fig.axes] == ["forward", "forward and backward"]
+    for ax, pass_ in zip(fig.axes, ("fwd", "both"), strict=True):
+        (case,) = recorded.cases("varlen", D=128, causal=True, **{"pass": pass_})
+        assert [bar.get_width() for bar in ax.patches] == [run["median_s"] for run in case["runs"]]
+    (case,) = recorded.cases("model", H_kv=16, **{"pass": "fwd"})
+    for ax, value in zip(
+        plots.model_bars(recorded, 16, "title").axes, ("median_s", "extra_bytes"), strict=True
+    ):
+        assert [bar.get_width() for bar in ax.patches] == [run[value] for run in case["runs"]]
+
+
 @pytest.mark.parametrize("look", style.THEMES.values(), ids=style.THEMES)
 def test_every_peer_has_a_grey_a_marker_and_a_line_of_its_own(look):
     assert set(style.PEER_LINE) == set(look.peer) == set(DRAWN)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashedu import attention
-from flashedu.memory import Machine, Problem
+from flashedu import attention, ladder
+from flashedu.memory import Machine, Problem, cost
 from flashedu.stages import rung
 from flashedu.testing import assert_right, draw
 from tests import contract
@@ -83,6 +83,15 @@ def test_packed_texts_move_fewer_bytes_and_flops_than_padded_ones() -> None:
     assert ours.flops == visits * 2 * 2 * 16 * 16 * 16
     assert ours.flops < padded.flops / 2
     assert ours.bytes_by_tensor()["k"] == (visits * 16 * 16 * 4, 0)
+
+
+def test_texts_of_whole_tiles_cost_what_each_costs_alone_and_their_runs() -> None:
+    p = Problem(H=2, Nq=96, D=16, dtype="float32", causal=True, block_q=16, block_k=16)
+    lengths = [48, 16, 32]
+    counted = ladder.count("varlen", p, lengths=lengths).counted
+    alone = [cost.flash2(p.replace(Nq=n, Nk=n)) for n in lengths]
+    assert counted.hbm_bytes == sum(c.hbm_bytes for c in alone) + p.H * 2 * 4 * 96
+    assert counted.flops == sum(c.flops for c in alone)
 
 
 def test_a_window_is_visited_and_not_what_lies_before_it() -> None:

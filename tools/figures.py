@@ -22,6 +22,7 @@ from PIL import Image
 
 from flashedu import ladder, plots
 from flashedu.bench import published, record, show
+from flashedu.integrations.transformers import runs_of
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
@@ -247,6 +248,37 @@ def idle_memory() -> Figure:
     return plots.idle_memory(alone | rooms, "Memory of 64 sequences")
 
 
+# masks
+
+
+@example
+def runs() -> Figure:
+    query, key = torch.arange(7)[:, None], torch.arange(7)
+    causal = (key <= query) & (key > query - 4)
+    seen = torch.stack([causal & (key >= padding) for padding in (0, 2, 5)])
+    found = runs_of(seen[:, None])
+    assert found is not None
+    panels = {f"{7 - (0, 2, 5)[b]} tokens": (found.first[b].tolist(), found.stop[b].tolist())
+              for b in range(3)}  # fmt: skip
+    return plots.runs(panels, 7, "A batch, padded on the left, with a window of 4 keys")
+
+
+@example
+def padded_and_packed() -> Figure:
+    return plots.padded_and_packed([41, 23, 9, 32], "Four texts, padded and packed")
+
+
+# training
+
+
+@example
+def losses() -> Figure:
+    fall = np.exp(-np.arange(40) / 15)
+    noise = 1e-6 * np.random.default_rng(0).standard_normal(40)
+    curves = {"eager": (3 * fall + 0.5).tolist(), "FlashEdu": (3 * fall + 0.5 + noise).tolist()}
+    return plots.losses(curves, 1e-3, "One curve")
+
+
 # softmax and rounding
 
 
@@ -357,6 +389,16 @@ def memory() -> Figure:
 def decode_times() -> Figure:
     found = record.latest("decode", card="H200")
     return plots.decode_times(found, "decode beside PyTorch's own")
+
+
+@example
+def packed_times() -> Figure:
+    return plots.packed_times(record.latest("varlen", card="H200"), 128, "Packed, and padded")
+
+
+@example
+def model_bars() -> Figure:
+    return plots.model_bars(record.latest("model", card="H200"), 16, "A forward of a model")
 
 
 # held against a card, and against papers

@@ -7,6 +7,7 @@ block.
 from flashedu.plots.cache import idle_memory
 from flashedu.plots.checked import against_published, l2_and_dram, predicted_counted_measured
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
+from flashedu.plots.masks import padded_and_packed, runs
 from flashedu.plots.numerics import (
     against_budget,
     bit_layout,
@@ -17,7 +18,14 @@ from flashedu.plots.numerics import (
 )
 from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, splits, waiting
 from flashedu.plots.softmax import running_state
-from flashedu.plots.speed import decode_times, memory, speed, speedup_against_heads
+from flashedu.plots.speed import (
+    decode_times,
+    memory,
+    model_bars,
+    packed_times,
+    speed,
+    speedup_against_heads,
+)
 from flashedu.plots.style import theme, use
 from flashedu.plots.tiles import loop_orders, visits, walks
 from flashedu.plots.traffic import (
@@ -28,6 +36,7 @@ from flashedu.plots.traffic import (
     traffic_against_sram,
     traffic_against_tile,
 )
+from flashedu.plots.training import losses
 
 __all__ = [
     "against_budget",
@@ -42,14 +51,19 @@ __all__ = [
     "idle_memory",
     "l2_and_dram",
     "loop_orders",
+    "losses",
     "masked_tiles",
     "memory",
     "memory_against_n",
+    "model_bars",
     "orders",
+    "packed_times",
+    "padded_and_packed",
     "predicted_counted_measured",
     "roofline",
     "running_state",
     "running_sums",
+    "runs",
     "sm_timeline",
     "speed",
     "speedup_against_heads",

@@ -1,8 +1,8 @@
-"""Figures of recorded speed and memory: our kernels beside PyTorch's."""
+"""Figures of recorded speed and memory: our kernels beside PyTorch's, alone and in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from flashedu.bench.cases import MASKS, PASSES, PEERS
 from flashedu.plots.style import PEER_LINE, Look, headline, styled
-from flashedu.units import human_bytes
+from flashedu.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from flashedu.bench.record import Record
@@ -153,6 +153,59 @@ def decode_times(record: Record, title: str) -> Figure:
         axes[0][0].minorticks_off()
         axes[0][0].set_ylabel("time of a step (µs)")
         _legend(fig, axes.flat)
+        headline(fig, title)
+        _source(fig, record)
+    return fig
+
+
+def packed_times(record: Record, D: int, title: str) -> Figure:
+    """Time of attention over texts of different lengths, causal: a panel a pass, a bar a peer."""
+    panels = {
+        PASSES[case["pass"]]: {run["peer"]: run["median_s"] for run in case["runs"]}
+        for case in record.cases("varlen", D=D, causal=True)
+    }
+    return _bars(record, panels, dict.fromkeys(panels, human_seconds), "varlen", title)
+
+
+def model_bars(record: Record, H_kv: int, title: str) -> Figure:
+    """A forward of a model with each attention: its time, and its peak memory beyond the inputs."""
+    (case,) = record.cases("model", H_kv=H_kv, **{"pass": "fwd"})
+    shown = {"time": ("median_s", human_seconds), "peak memory": ("extra_bytes", human_bytes)}
+    panels = {
+        label: {run["peer"]: run[value] for run in case["runs"]}
+        for label, (value, _) in shown.items()
+    }
+    units = {label: unit for label, (_, unit) in shown.items()}
+    return _bars(record, panels, units, "hf-flashedu", title)
+
+
+def _bars(
+    record: Record,
+    panels: Mapping[str, Mapping[str, float | None]],
+    units: Mapping[str, Callable[[float], str]],
+    ours: str,
+    title: str,
+) -> Figure:
+    """A panel for each label, with a scale of its own. A peer without a value did not run."""
+    count = max(map(len, panels.values()))
+    with styled() as look:
+        fig, axes = plt.subplots(
+            1, len(panels), figsize=(8.8, 1.1 + 0.42 * count), sharey=True, squeeze=False
+        )
+        for ax, (label, values) in zip(axes[0], panels.items(), strict=True):
+            widest = max(value or 0 for value in values.values())
+            for row, (peer, value) in enumerate(values.items()):
+                colour = look.peer["flash2"] if peer == ours else look.peer["flex"]
+                ax.barh(row, value or 0, color=colour, height=0.66)
+                text = units[label](value) if value else "did not run"
+                ax.text((value or 0) + 0.02 * widest, row, text, va="center")
+            ax.set_yticks(range(len(values)), [PEERS[peer] for peer in values])
+            ax.tick_params(length=0)
+            ax.set_xlim(0, 1.3 * widest)
+            ax.set_xticks([])
+            ax.spines[["left", "bottom"]].set_visible(False)
+            ax.set_title(label, fontsize=10.5, fontweight="normal")
+        axes[0][0].invert_yaxis()
         headline(fig, title)
         _source(fig, record)
     return fig

@@ -154,7 +154,7 @@ def _load_runs(FIRST, STOP, b, rows, Nq, Nk):
 
 @triton.jit
 def _keys_seen(first_i, stop_i, Nk, BLOCK_K: tl.constexpr):
-    """Where the key tiles begin that any row sees, those that all rows see, and where both end.
+    """Where the key tiles that any row sees begin and end, and those that all rows see.
 
     begin ≤ all_begin ≤ all_end ≤ end, or end ≤ begin if no row sees a key.
     """
