@@ -295,7 +295,7 @@ def look(name: str) -> tuple[Facts, ModelFacts]:
 
 def _need(machine: Facts, name: str, low: str) -> None:
     found = machine.versions.get(name)
-    extra = "flashedu[transformers]" if name == "transformers" else f"{name}>={low}"
+    extra = f"{name}>={low}" + (",<6" if name == "transformers" else "")
     if found is None:
         raise NotHere(f'--model needs {name}: pip install "{extra}"')
     if name in machine.broken:

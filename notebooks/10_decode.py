@@ -39,10 +39,10 @@ from flashedu.units import human_bytes, human_seconds
 # %%
 real = Problem(H=16, H_kv=2, Nq=1, Nk=1024, D=128, block_q=16, block_k=64)
 unsplit = ladder.count("flash2", real)
-h200 = gpu("h200")
+h100 = gpu("h100")
 programs = unsplit.programs["flash2"]
-print(f"flash2 runs {programs} programs on the {h200.sm_count} SMs of an H200")
-print(f"SMs without a program: {1 - programs / h200.sm_count:.0%}")
+print(f"flash2 runs {programs} programs on the {h100.sm_count} SMs of an H100")
+print(f"SMs without a program: {1 - programs / h100.sm_count:.0%}")
 
 # %% [markdown]
 # One query is one query tile, however many keys there are. So the length of the sequence, which gave `flash2` its
@@ -54,7 +54,7 @@ print(f"SMs without a program: {1 - programs / h200.sm_count:.0%}")
 k_and_v = 2 * real.H_kv * real.Nk * real.D * 2  # float16
 products = 2 * 2 * real.H * real.Nk * real.D
 print(f"FLOPs for each byte of k and v: {products / k_and_v:.0f}")
-print(f"that an H200 can compute meanwhile: {h200.ridge('float16'):.0f}")
+print(f"that an H100 can compute meanwhile: {h100.ridge('float16'):.0f}")
 
 # %% [markdown]
 # Nothing is left to save in arithmetic. A step of decoding lasts as long as k and v take to cross memory, at best.
@@ -230,8 +230,8 @@ fig = plots.traffic(
 # one unit of time. 131,072 keys, with the tiles of this card, and a batch of 1 (2 parts) or 8 (16 parts):
 
 # %%
-places = decode_tiles.PROGRAMS_PER_SM * h200.sm_count
-block_k = decode_tiles.tile_for(h200.compute_capability, 128, 2, rows=8).block_k
+places = decode_tiles.PROGRAMS_PER_SM * h100.sm_count
+block_k = decode_tiles.tile_for(h100.compute_capability, 128, 2, rows=8).block_k
 tiles = 131072 // block_k
 print(f"{places} places, {tiles:,} tiles of {block_k} keys for each key head")
 
@@ -278,13 +278,13 @@ for B, splits in zip((1, 8), chosen.values(), strict=True):
 # ## The least time
 #
 # Now predict a time. Batch 8, 131,072 keys: k and v take 8 · 2 · 2 · 131,072 · 128 numbers of 2 bytes. By its data sheet
-# an H200 reads 4.8 TB a second from HBM. How many µs does a step take at least, and how many will `decode` take?
+# an H100 reads 3.35 TB a second from HBM. How many µs does a step take at least, and how many will `decode` take?
 
 # %%
 my_prediction_least_us, my_prediction_decode_us = 100, 200
 
 # %%
-measured = records.latest("decode", card="H200")
+measured = records.latest("decode", card="H100")
 
 
 def run_of(case, peer):
@@ -298,7 +298,7 @@ def time_of(case, peer):
 
 # %%
 (largest,) = measured.cases("decode", B=8, N=131072)
-least = largest["bytes"] / h200.hbm_bytes_per_s
+least = largest["bytes"] / h100.hbm_bytes_per_s
 print(measured.label)
 print(f"you said at least {my_prediction_least_us} µs; it is {human_seconds(least)}")
 print(
@@ -329,7 +329,7 @@ table(
         "batch": case["B"],
         "keys": case["N"],
         "bytes": human_bytes(case["bytes"]),
-        "least": human_seconds(case["bytes"] / h200.hbm_bytes_per_s),
+        "least": human_seconds(case["bytes"] / h100.hbm_bytes_per_s),
     }
     | {name: time_of(case, peer) for peer, name in peers.items()}
     for case in measured.cases("decode")
@@ -361,11 +361,11 @@ table(
         "ours": f"{claim.ours[0]:.1f}",
         "reproduced": claim.reproduced,
     }
-    for claim in published.decoding("H200")
+    for claim in published.decoding("H100")
 )
 
 # %% [markdown]
-# Theirs is CUDA in float16 on an A100, with 108 SMs; ours is Triton in bfloat16 on an H200, with 132. The more SMs a card
+# Theirs is CUDA in float16 on an A100, with 108 SMs; ours is Triton in float16 on an H100, with 132. The more SMs a card
 # has and the smaller the batch, the more of them stood idle without splits. With a batch of 256 `flash2` has programs enough; what is left to gain
 # there is to load k and v once.
 #
@@ -553,7 +553,7 @@ print(f"k and v:      {human_bytes(2 * key_tiles * 16 * small.D * small.item_byt
 # And in time? Recorded with pages that lie in any order: the time over that of `decode`, whose keys lie in a row.
 
 # %%
-in_pages = records.latest("paged", card="H200")
+in_pages = records.latest("paged", card="H100")
 table(
     {"batch": case["B"], "keys": case["N"]}
     | {

@@ -43,7 +43,7 @@ from flashedu.units import human_bytes, human_seconds
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
-# This chapter needs Hugging Face's **Transformers** (`pip install "flashedu[transformers]"`; `requirements.txt` has it). Nothing
+# This chapter needs Hugging Face's **Transformers** (`make` installs it; elsewhere `pip install -e ".[triton,transformers]"`). Nothing
 # is downloaded: all models here are small, and have random weights. Without Triton, on macOS or Windows, the cells of the
 # section *Packed* are empty, and all others run.
 #
@@ -198,7 +198,7 @@ if has_triton:
 my_prediction_times = 1.5
 
 # %%
-measured = records.latest("varlen", card="H200")
+measured = records.latest("varlen", card="H100")
 (forward,) = measured.cases("varlen", D=128, causal=True, **{"pass": "fwd"})
 drawn = forward["lengths"]
 tokens = len(drawn) * max(drawn) / sum(drawn)
@@ -453,7 +453,7 @@ table(
 # What is left of this in a whole model? Its other products, of the weights, are the same for all three:
 
 # %%
-in_model = records.latest("model", card="H200")
+in_model = records.latest("model", card="H100")
 (whole,) = in_model.cases("model", H_kv=16, **{"pass": "fwd"})
 in_attention = whole["layers"] * 2 * whole["H"] * whole["N"] ** 2 * whole["D"]
 print(f"attention has {in_attention / whole['flops']:.0%} of the model's FLOPs")
@@ -486,7 +486,7 @@ table(
 # %%
 (first,) = in_model.cases("model", **{"pass": "prefill"})
 (every,) = in_model.cases("model", **{"pass": "generate"})
-least = every["bytes"] / gpu("h200").hbm_bytes_per_s
+least = every["bytes"] / gpu("h100").hbm_bytes_per_s
 print(f"weights and cache cross HBM in {human_seconds(least)} at least")
 table(
     {
@@ -501,8 +501,9 @@ table(
 )
 
 # %% [markdown]
-# What is beyond the least time is mostly Python and the launches of some hundred kernels a step, and no attention changes that. A
-# serving engine does, with CUDA graphs and large batches.
+# What is beyond the least time is mostly Python and the launches of some hundred kernels a step. FlashEdu adds most of both:
+# two kernels a layer, each with Python around it that you can read. While the GPU waits for the host, a quicker kernel gains
+# nothing. A serving engine removes that wait, with CUDA graphs and large batches.
 #
 # ## A model that ignores the setting
 #

@@ -394,7 +394,7 @@ def test_without_transformers_it_is_one_line_with_the_command(capsys, monkeypatc
     code, out, err = run_main(capsys, "--model", "llama")
     assert (code, out) == (1, "")
     assert err == (
-        'flashedu doctor: --model needs transformers: pip install "flashedu[transformers]"\n'
+        'flashedu doctor: --model needs transformers: pip install "transformers>=5.5,<6"\n'
     )
 
 

@@ -387,18 +387,18 @@ def memory() -> Figure:
 
 @example
 def decode_times() -> Figure:
-    found = record.latest("decode", card="H200")
+    found = record.latest("decode", card="H100")
     return plots.decode_times(found, "decode beside PyTorch's own")
 
 
 @example
 def packed_times() -> Figure:
-    return plots.packed_times(record.latest("varlen", card="H200"), 128, "Packed, and padded")
+    return plots.packed_times(record.latest("varlen", card="H100"), 128, "Packed, and padded")
 
 
 @example
 def model_bars() -> Figure:
-    return plots.model_bars(record.latest("model", card="H200"), 16, "A forward of a model")
+    return plots.model_bars(record.latest("model", card="H100"), 16, "A forward of a model")
 
 
 # held against a card, and against papers

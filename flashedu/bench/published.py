@@ -65,7 +65,7 @@ FLASH_DECODING = {
 }
 
 
-def decoding(card: str = "H200", *, folder: Path | None = None) -> list[Claim]:
+def decoding(card: str = "H100", *, folder: Path | None = None) -> list[Claim]:
     """The article on Flash-Decoding beside the newest record of that card.
 
     Raises NoRecord if there is none.
