@@ -131,14 +131,15 @@ def made(
 
 def results(model: Any, mask: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
     """Logits of the real tokens, and the gradient of each parameter."""
+    ids, mask = IDS.to(model.device), mask.to(model.device)
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = IDS[:, :7]
-    logits = model(input_ids=IDS, attention_mask=mask, **inputs).logits
+        inputs["decoder_input_ids"] = ids[:, :7]
+    logits = model(input_ids=ids, attention_mask=mask, **inputs).logits
     if not model.config.is_encoder_decoder:
         logits = logits * mask[..., None]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
-    (logits * weights.to(logits.dtype)).sum().backward()
+    (logits * weights.to(logits)).sum().backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients}
 
@@ -254,10 +255,10 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def generated(model: Any, **how: Any) -> torch.Tensor:
     torch.manual_seed(7)
+    prompt, mask = PROMPT.to(model.device), PROMPT_MASK.to(model.device)
     return model.generate(
-        PROMPT, attention_mask=PROMPT_MASK, max_new_tokens=9, min_new_tokens=9, pad_token_id=0,
-        **how,
-    )  # fmt: skip
+        prompt, attention_mask=mask, max_new_tokens=9, min_new_tokens=9, pad_token_id=0, **how
+    )
 
 
 class TestGeneration:
