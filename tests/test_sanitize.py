@@ -49,6 +49,18 @@ INITCHECK = """========= COMPUTE-SANITIZER
 =========     by thread (122,0,0) in block (0,0,0)
 ========= ERROR SUMMARY: 1 error
 """
+MANY = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at store_behind_kernel+0x60
+========= ERROR SUMMARY: 32 errors
+========= ERROR SUMMARY: 12 errors were not printed. Use --print-limit option to adjust
+"""
+KILLED = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at store_behind_kernel+0x60
+=========
+========= Error: process didn't terminate successfully
+"""
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 NO_RACE = """========= COMPUTE-SANITIZER
 ========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)
@@ -300,3 +312,17 @@ def test_on_a_card_memcheck_finds_a_planted_store():
     told, _ = sanitize._watch(options, ["planted", mistake], [], lambda *_: None)
     assert told.errors
     assert "store_behind_kernel" in told.first[0]
+
+
+def test_errors_that_were_not_printed_are_counted_once() -> None:
+    assert sanitize.parse(MANY).errors == 32
+
+
+def test_a_program_that_its_planted_mistake_ended_has_found_it() -> None:
+    with pytest.raises(sanitize.Unreadable, match="process didn't terminate successfully"):
+        sanitize.parse(KILLED)
+    found = sanitize.parse(KILLED, ended=False)
+    assert found.errors == 1
+    assert found.first == ["Invalid __global__ write of size 4 bytes, at store_behind_kernel+0x60"]
+    with pytest.raises(sanitize.Unreadable):
+        sanitize.parse(BROKEN, ended=False)

@@ -165,27 +165,33 @@ class Told(NamedTuple):
 
 
 SUMMARY = re.compile(
-    r"^=+ (?:ERROR SUMMARY: ([\d,]+) errors?"
+    r"^=+ (?:ERROR SUMMARY: ([\d,]+) errors?\s*$"  # and no line on errors that were not printed
     r"|RACECHECK SUMMARY: [\d,]+ hazards? displayed \(([\d,]+) errors?, ([\d,]+) warnings?\))",
     re.MULTILINE,
 )
 
 
-def parse(log: str) -> Told:
-    """What stands in the tool's log. Raises Unreadable, with a sentence, if it has no summary."""
+def parse(log: str, *, ended: bool = True) -> Told:
+    """What stands in the tool's log. Raises Unreadable, with a sentence, if it has no summary.
+
+    `ended`: the program came to its end. One that did not may have left errors and no summary.
+    """
     found = SUMMARY.findall(log)
     lines = [line.lstrip("=")[1:].rstrip() for line in log.splitlines() if line.startswith("==")]
-    if len(found) != 1:
-        errors = [line for line in lines if line.startswith("Error: ")]
-        why = errors[-1].removeprefix("Error: ") if errors else "it has printed no summary"
-        raise Unreadable(f"{TOOL} failed: {why}")
-    n_errors, hazards, n_warnings = (int(n.replace(",", "") or 0) for n in found[0])
     heads = [
         ", ".join([line, *(x.strip() for x in rest[:1])])
         for line, *rest in (lines[i:] for i in range(len(lines)))
         if re.match(r"(Invalid|Uninitialized|Error|Warning|Barrier|Misaligned|Unused)", line)
     ]
-    return Told(n_errors + hazards, n_warnings, heads[:5])
+    if len(found) == 1:
+        n_errors, hazards, n_warnings = (int(n.replace(",", "") or 0) for n in found[0])
+        return Told(n_errors + hazards, n_warnings, heads[:5])
+    accesses = [head for head in heads if not head.startswith("Error: ")]
+    if accesses and not ended:
+        return Told(len(accesses), 0, accesses[:5])
+    errors = [line for line in lines if line.startswith("Error: ")]
+    why = errors[-1].removeprefix("Error: ") if errors else "it has printed no summary"
+    raise Unreadable(f"{TOOL} failed: {why}")
 
 
 def why_not() -> str | None:
@@ -288,7 +294,7 @@ def _watch(
                 raise
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     try:
-        return parse(text), went
+        return parse(text, ended=bool(wanted)), went
     except Unreadable as error:
         last = "".join(said).strip().splitlines()[-1:]
         raise Unreadable("; the program said: ".join([str(error), *last])) from None
