@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,15 @@ def no_figure_stays_open() -> Iterator[None]:
 
     yield
     plt.close("all")
+
+
+@pytest.fixture(autouse=True)
+def the_card_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share it: one that keeps what a large test took leaves none for the others."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
