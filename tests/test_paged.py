@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashedu.memory import Machine, Problem
+from flashedu.memory import Machine, Problem, cost
 from flashedu.stages import rung
 from flashedu.testing import assert_right, draw
 
@@ -134,6 +134,15 @@ def test_it_reads_the_tiles_that_hold_keys_and_a_page_number_for_each() -> None:
     assert read["k"] == read["v"] == (tiles * 16 * P.H_kv * P.D * 4, 0)
     assert read["block_table"] == (tiles * P.H_kv * 4, 0)
     assert machine.launches == ["paged", "decode merge"]
+
+
+@pytest.mark.parametrize(("Nq", "splits"), [(1, 1), (1, 3), (16, 2)])
+def test_counted_bytes_are_the_closed_form_of_each_sequence(Nq: int, splits: int) -> None:
+    p = P.replace(Nq=Nq, dtype="float16", block_q=64 if Nq == 16 else 16, splits=splits)
+    made, machine = cache(p, LENGTHS, page_size=32), Machine()
+    call(made, splits=splits, machine=machine)
+    each = [cost.paged_forward(p.replace(B=1, Nk=n, block_k=32)) for n in LENGTHS]
+    assert machine.counted == sum(each[1:], each[0])
 
 
 def test_an_unchecked_table_gives_the_same_bits() -> None:

@@ -274,6 +274,26 @@ def decode(p: Problem) -> Cost:
     )
 
 
+def paged(p: Problem) -> Cost:
+    """As decode, causal, from pages: a last tile is read to its end, which lies in the page. A
+    program reads the length of its sequence, and a page number for each tile."""
+    contiguous = decode(p.replace(causal=True))
+    if _empty(p):
+        return contiguous
+    w, kv_heads = p.item_bytes, p.B * p.H_kv
+    keys = _packed_tiles(p.replace(causal=True))
+    tiles = -(-keys // p.block_k)
+    beyond = int((tiles * p.block_k - keys).sum())  # rows of a page behind the last key
+    programs = len(keys) * p.splits
+    moved = 2 * beyond * p.D * w + 4 * programs + 4 * int(tiles.sum())
+    return contiguous + _whole_tiles(hbm_read_bytes=kv_heads * moved)
+
+
+def paged_forward(p: Problem) -> Cost:
+    """Both kernels of `paged`; one split needs no merge."""
+    return paged(p) if p.splits == 1 or _empty(p) else paged(p) + decode_merge(p)
+
+
 def decode_merge(p: Problem) -> Cost:
     """o and lse of each row, from those of its splits."""
     w, a, rows = p.item_bytes, p.acc_bytes, p.B * p.H * p.Nq
@@ -457,6 +477,7 @@ KERNELS: dict[str, Callable[[Problem], Cost]] = {
     "varlen dq": varlen_dq,
     "decode": decode,
     "decode merge": decode_merge,
+    "paged": paged,
 }
 
 FORWARD: dict[str, Callable[[Problem], Cost]] = {
@@ -467,6 +488,7 @@ FORWARD: dict[str, Callable[[Problem], Cost]] = {
     "flash2": flash2,
     "varlen": varlen,
     "decode": decode_forward,
+    "paged": paged_forward,
 }
 
 BACKWARD: dict[str, Callable[[Problem], Cost]] = {
