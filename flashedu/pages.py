@@ -49,20 +49,21 @@ class PageAllocator:
     def take(self, sequence: Cached, n_keys: int) -> list[tuple[int, int]]:
         """Make room for n_keys more at the end of a sequence.
 
-        Returns the pages to copy before they are written, as (from, to): at most the last one, if
-        others have it too. Raises OutOfPages, and changes nothing, if there are too few.
+        Returns the pages to copy before they are written, as (from, to): at most the
+        last one, if others have it too. Raises OutOfPages, and changes nothing, if there
+        are too few.
         """
         self._check(sequence)
         if n_keys < 0:
             raise ValueError(f"n_keys must be 0 or more, got {n_keys}")
         end, pages = sequence.length + n_keys, sequence.pages
         more = -(-end // self.page_size) - len(pages)
-        begun = n_keys > 0 and sequence.length % self.page_size > 0  # the last page is written
-        shared = begun and self._users[pages[-1]] > 1
+        writes_the_last = n_keys > 0 and sequence.length % self.page_size > 0
+        shared = writes_the_last and self._users[pages[-1]] > 1
         if more + shared > len(self._free):
             raise OutOfPages(
-                f"n_keys={n_keys} more need {more + shared} pages, and {len(self._free)} of "
-                f"{self.n_pages} are free"
+                f"n_keys={n_keys} more need {more + shared} pages, and "
+                f"{len(self._free)} of {self.n_pages} are free"
             )
         copies = []
         if shared:
@@ -74,13 +75,12 @@ class PageAllocator:
         return copies
 
     def share(self, sequence: Cached, n_keys: int | None = None) -> Cached:
-        """A new sequence with the first n_keys of another, None for all: it takes no page."""
+        """A new sequence with the first n_keys of another, None for all; takes no page."""
         self._check(sequence)
         n_keys = sequence.length if n_keys is None else n_keys
         if not 0 <= n_keys <= sequence.length:
-            raise ValueError(
-                f"n_keys must be 0 to the sequence's length, {sequence.length}, got {n_keys}"
-            )
+            wanted = f"0 to the sequence's length, {sequence.length}"
+            raise ValueError(f"n_keys must be {wanted}, got {n_keys}")
         pages = sequence.pages[: -(-n_keys // self.page_size)]
         for page in pages:
             self._users[page] += 1

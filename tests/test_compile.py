@@ -50,6 +50,7 @@ WANTED = [  # compiled by the tests; the record has the rest
 KERNELS = {
     "flash1": {"forward_kernel"},
     "flash2": {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"},
+    "varlen": {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"},
     "decode": {"decode_kernel", "merge_kernel"},
     "paged": {"paged_kernel", "merge_kernel"},
 }

@@ -63,7 +63,7 @@ def test_the_article_on_flash_decoding_is_beside_a_run_of_its_sizes(tmp_path):
     assert list(published.FLASH_DECODING) == list(cases.FLASH_DECODING)
     made = pretend.record(("flash-decoding",))
     (tmp_path / "x.json").write_text(json.dumps(made.data))
-    found = {c.what: c for c in published.decoding(folder=tmp_path)}
+    found = {c.what: c for c in published.decoding("H200", folder=tmp_path)}
     assert len(found) == 2 * 4
     seconds = {run["peer"]: run["median_s"]
                for run in made.cases("flash-decoding", B=1, N=65536)[0]["runs"]}  # fmt: skip
@@ -75,7 +75,7 @@ def test_the_article_on_flash_decoding_is_beside_a_run_of_its_sizes(tmp_path):
 
 
 def test_without_a_run_of_its_sizes_there_is_no_ratio(tmp_path):
-    with pytest.raises(NoRecord, match="section 'flash-decoding' of H200"):
+    with pytest.raises(NoRecord, match="section 'flash-decoding' of H100"):
         published.decoding(folder=tmp_path)
 
 

@@ -239,7 +239,7 @@ def _launch_paged(q: Any, problem: Problem, tiles: Any) -> None:
 
     p, page = problem.replace(Nq=1, H_kv=problem.H // 8), 64
     tile = tile_for(triton_mode.capability(q), columns(p.D), p.item_bytes, p.group)
-    tile = in_pages(tile, page)
+    tile = in_pages(tile, page, triton_mode.capability(q))
     kv = q.new_empty(p.Nk // page, p.H_kv, page, p.D)
     table = q.new_empty(p.B, p.Nk // page, dtype=torch.int32)
     lengths = q.new_empty(p.B, dtype=torch.int32)

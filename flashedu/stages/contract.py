@@ -86,9 +86,23 @@ def check(
 
 
 def _check_runs(runs: Any, causal: Any, q: Any) -> None:
-    from flashedu.stages.runs import check
+    from flashedu.stages.runs import Runs
 
-    check(runs, q)
+    if not isinstance(runs, Runs):
+        kind = type(runs).__name__
+        raise TypeError(f"runs must be flashedu.stages.runs.Runs, or None, got {kind}")
+    wanted = (q.shape[0], q.shape[2])
+    for name, x in zip(Runs._fields, runs, strict=True):
+        if framework_of(x) != "torch" or dtype_name(x) != "int32":
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"runs.{name} must be an int32 tensor, got {kind}")
+        if tuple(x.shape) != wanted:
+            raise ValueError(
+                f"runs.{name} must be (B, Nq) = {wanted}, a number for each query, got shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"runs.{name} must be on the device of q, {q.device}, got {x.device}")
     if causal:
         raise ValueError(
             "causal must be False where runs are given, which say all that a query sees, got True"

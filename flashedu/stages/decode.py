@@ -90,12 +90,12 @@ def attention_with_lse(
 @triton.jit
 def decode_kernel(
     Q, K, V, O, LSE, FIRST, STOP, scale, H_kv, Nq, Nk, splits,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of packed rows, over one split of the keys of their head.
 
-    FIRST, STOP: the runs, (B, Nq), or None. EARLY: the merge may start, and wait for the results.
+    FIRST, STOP: the runs, (B, Nq), or None. EARLY: the merge may start, and wait.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -135,7 +135,8 @@ def decode_kernel(
         if CAUSAL:
             visible = visible & (cols[None, :] <= queries[:, None] + Nk - Nq)
         if FIRST is not None:
-            visible = (cols[None, :] >= first_i[:, None]) & (cols[None, :] < stop_i[:, None])
+            visible = cols[None, :] >= first_i[:, None]
+            visible = visible & (cols[None, :] < stop_i[:, None])
         s_ij = tl.where(visible, s_ij, float("-inf"))
 
         m_new = tl.maximum(m_i, tl.max(s_ij, 1))
@@ -150,18 +151,20 @@ def decode_kernel(
     some = l_i > 0  # False for a row that sees no key of this split
     o_i = acc_i / tl.where(some, l_i, 1)[:, None]
     lse_i = tl.where(some, m_i + tl.log(tl.where(some, l_i, 1)), float("-inf"))
-    O.store([b, h * splits + split, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
+    o_i = o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS)
+    O.store([b, h * splits + split, i, 0], o_i)
     tl.store(LSE + part.to(tl.int64) * n_rows + rows, lse_i, mask=rows < n_rows)
 
 
 @triton.jit
 def merge_kernel(
     O_SPLIT, LSE_SPLIT, O, LSE, H_kv, n_rows, splits, D, width,
-    COLUMNS: tl.constexpr, EARLY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of packed rows, from those of its splits.
 
-    width: from a row of O_SPLIT to the next. EARLY: it starts before the splits are done.
+    width: from a row of O_SPLIT to the next. EARLY: it starts before they are done.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -223,9 +226,10 @@ def forward(q, k, v, problem, scale, machine, tile, splits, runs=None):
 
 
 def packed(q, H_kv):
-    """(B, H, Nq, D) as (B, H_kv, Nq · group, D): query by query, the heads of a group are rows.
+    """(B, H, Nq, D) as (B, H_kv, Nq · group, D): the heads of a group are rows.
 
-    With one query a head this moves nothing; more are copied, which costs no more than q.
+    They go query by query. One query a head moves nothing; more are copied, as q is
+    small.
     """
     return q.unflatten(1, (H_kv, -1)).transpose(2, 3).flatten(2, 3)
 

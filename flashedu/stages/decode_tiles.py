@@ -45,13 +45,13 @@ def tile_for_call(q: Any, p: Problem, block_q: int | None, block_k: int | None) 
     return tile.sized(block_q, block_k)
 
 
-def in_pages(tile: Tile, page_size: int) -> Tile:
+def in_pages(tile: Tile, page_size: int, capability: tuple[int, int] | None) -> Tile:
     """The same for keys in pages: a tile lies in one page, and has 64 keys at most.
 
     A page number is loaded before its tile can be, and the compiler spreads its stages over both
-    loads: 3 stages have no tile on its way, 4 have one, 6 have two.
+    loads: 3 stages have no tile on its way, 4 have one, 6 have two. LARGE cards have room for two.
     """
-    stages = 2 * tile.stages if tile.stages > 1 else 1
+    stages = 6 if capability in LARGE else 4 if capability in MIDDLE else tile.stages
     return tile._replace(block_k=min(tile.block_k, page_size, 64), stages=stages)
 
 
@@ -59,10 +59,10 @@ def in_pages(tile: Tile, page_size: int) -> Tile:
 def splits_for(slots: int, parts: int, Nk: int, block_k: int) -> int:
     """So many splits that programs fill the card, in whole waves.
 
-    `slots`: programs that the card runs at a time. `parts`: programs there would be without splits.
-    Of 100 programs on 264 slots 2.64 would be one wave: 2 splits fill 0.76 of it, 5 fill 0.95 of
-    two. The fullest is taken, of equals the fewest; at most two waves, and no split shorter than
-    MIN_KEYS.
+    `slots`: programs that the card runs at a time. `parts`: programs there would be
+    without splits. Of 100 programs on 264 slots 2.64 would be one wave: 2 splits fill
+    0.76 of it, 5 fill 0.95 of two. The fullest is taken, of equals the fewest; at most
+    two waves, and no split shorter than MIN_KEYS.
     """
     most = max(1, min(Nk // MIN_KEYS, 2 * slots // parts))
 
@@ -72,7 +72,8 @@ def splits_for(slots: int, parts: int, Nk: int, block_k: int) -> int:
 
     splits = max(range(1, most + 1), key=fullness)
     tiles = -(-Nk // block_k)
-    return -(-tiles // -(-tiles // splits))  # splits are whole tiles: none is left without a key
+    tiles_of_a_split = -(-tiles // splits)
+    return -(-tiles // tiles_of_a_split)  # none is left without a key
 
 
 def splits_for_call(q: Any, p: Problem, tile: Tile) -> int:

@@ -75,7 +75,8 @@ def attention_with_lse(
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     (B, H, Nq, D), H_kv = q.shape, k.shape[1]
     problem = Problem(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=longest, D=D, dtype=dtype_name(q), causal=True)
-    tile = in_pages(tile_for_call(q, problem, None, None), k.shape[2])
+    tile = tile_for_call(q, problem, None, None)
+    tile = in_pages(tile, k.shape[2], triton_mode.capability(q))
     splits = int(splits or splits_for_call(q, problem, tile))
     tables = block_table.contiguous(), lengths.contiguous()
     return forward(q, k, v, *tables, problem, scale, machine or UNCOUNTED, tile, splits)
@@ -87,7 +88,7 @@ def paged_kernel(
     PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one tile of packed rows, over one split of the keys of their sequence."""
+    """o and lse of one tile of packed rows, over one split of its sequence's keys."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     Q, O = in_tiles(Q, BLOCK_Q, COLUMNS), in_tiles(O, BLOCK_Q, COLUMNS)
@@ -114,7 +115,8 @@ def paged_kernel(
     stop = tl.minimum(start + keys_per_split, last + 1 + Nk - Nq)
     whole = tl.maximum(start, tl.minimum(stop, seen_by_all))
     for MASKED in tl.static_range(2):  # first the tiles that need no mask
-        for j in tl.range(whole if MASKED else start, stop if MASKED else whole, BLOCK_K):
+        j_first, j_stop = (whole, stop) if MASKED else (start, whole)
+        for j in tl.range(j_first, j_stop, BLOCK_K):
             page = tl.load(TABLE + b.to(tl.int64) * max_pages + j // PAGE)
             k_j = K.load([page, h, j % PAGE, 0]).reshape(BLOCK_K, COLUMNS)
             v_j = V.load([page, h, j % PAGE, 0]).reshape(BLOCK_K, COLUMNS)
@@ -136,7 +138,8 @@ def paged_kernel(
     some = l_i > 0  # False for a row that sees no key of this split
     o_i = acc_i / tl.where(some, l_i, 1)[:, None]
     lse_i = tl.where(some, m_i + tl.log(tl.where(some, l_i, 1)), float("-inf"))
-    O.store([b, h * splits + split, i, 0], o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS))
+    o_i = o_i.to(O.dtype).reshape(1, 1, BLOCK_Q, COLUMNS)
+    O.store([b, h * splits + split, i, 0], o_i)
     tl.store(LSE + part.to(tl.int64) * n_rows + rows, lse_i, mask=rows < n_rows)
 
 

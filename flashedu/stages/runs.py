@@ -78,25 +78,6 @@ def packed(
     return Runs(first.to(torch.int32)[None], stop.to(torch.int32)[None])
 
 
-def check(runs: Any, q: Any) -> None:
-    """Raise TypeError or ValueError unless `runs` are for q's queries. q: (B, H, Nq, D)."""
-    if not isinstance(runs, Runs):
-        kind = type(runs).__name__
-        raise TypeError(f"runs must be flashedu.stages.runs.Runs, or None, got {kind}")
-    wanted = (q.shape[0], q.shape[2])
-    for name, x in zip(Runs._fields, runs, strict=True):
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
-            kind = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"runs.{name} must be an int32 tensor, got {kind}")
-        if tuple(x.shape) != wanted:
-            raise ValueError(
-                f"runs.{name} must be (B, Nq) = {wanted}, a number for each query, got shape "
-                f"{tuple(x.shape)}"
-            )
-        if x.device != q.device:
-            raise ValueError(f"runs.{name} must be on the device of q, {q.device}, got {x.device}")
-
-
 def _checked(name: str, lengths: Any) -> list[int]:
     if isinstance(lengths, torch.Tensor):
         lengths = lengths.tolist()
