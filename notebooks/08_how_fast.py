@@ -15,6 +15,7 @@ from flashedu.bench import published, show
 from flashedu.bench import record as records
 from flashedu.memory import Problem, cost, gpu
 from flashedu.notebook import table
+from flashedu.stages import LADDER
 from flashedu.units import human_bytes, human_seconds
 
 # %% [markdown]
@@ -335,7 +336,7 @@ for peer in ("sdpa-flash", "sdpa-cudnn"):
 # tiles of 128 × 64:
 
 # %%
-rungs = {name: form(Problem(Nq=4096, D=64)) for name, form in cost.FORWARD.items()}
+rungs = {r.name: cost.FORWARD[r.name](Problem(Nq=4096, D=64)) for r in LADDER}
 fig = plots.roofline(
     [gpu("h200")],
     {name: form.intensity for name, form in rungs.items()},
