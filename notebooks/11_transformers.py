@@ -409,7 +409,7 @@ if has_triton:
 
 # %% [markdown]
 # Are the logits right, too? They differ in some bits, and chapter 09 said why. The budget is the same idea: twice the error of
-# eager against the same model in float64, and some roundings. The package's tests hold six kinds of model to it, in
+# eager against the same model in float64, and some roundings. The package's tests hold seven kinds of model to it, in
 # float32 and in bfloat16, with their gradients.
 #
 # ## What it costs
