@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 import flashedu
 from flashedu import ladder
@@ -20,6 +22,8 @@ from flashedu.stages.runs import Runs, everywhere, packed
 from flashedu.testing import assert_right, draw
 from tests.contract import Subject, claims
 from tests.test_mutants import KERNELS, MUTANTS, Mutant, assert_caught, stage_with
+
+import triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +106,10 @@ def test_the_default_stage_on_a_card_is_flash2() -> None:
     assert machine.launches == ["online"]
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and Version(np.__version__) >= Version("2.4"),
+    reason=f"the interpreter of triton {triton.__version__} fails with NumPy {np.__version__}",
+)
 def test_the_ladder_counts_kernels_where_they_are_compiled() -> None:
     p = P.replace(block_k=32)
     assert ladder.count("flash2", p).counted == cost.flash2(p)
