@@ -27,6 +27,8 @@ KINDS = {  # kind of a record → what its cases have, and what their runs have
         "dram_read_bytes", "dram_write_bytes")),
     "sanitizer": (("section", "errors", "warnings", "first", "planted", "runs"),
                   ("peer", "astray", "why")),
+    "serving": (("section", "shape", "dtype", "load", "runs"),
+                ("peer", "kind", "attention", "batch", "repeat", "why")),
 }  # fmt: skip
 
 

@@ -37,6 +37,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "sanitizer":
         yield from _sanitizer(record)
         return
+    if data["kind"] == "serving":
+        yield from _serving(record)
+        return
     fwd_bwd = ("D", "causal", "pass")
     yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
     yield from _section(record, "flash1", ("causal", "N"), {"B·H": _heads}, _rate, ("flash1",))
@@ -362,6 +365,49 @@ def _sanitizer(record: Record) -> Iterator[RenderableType]:
             if run["why"]:
                 astray = f", {run['astray']}" if run["astray"] else ""
                 yield Text(f"{case['section']}, {run['peer']}{astray}: {run['why']}")
+
+
+SERVING = {  # head of a column → what stands in it
+    "requests/s": lambda run: f"{run['requests_per_s']:.2f}",
+    "tokens/s": lambda run: f"{run['output_tokens_per_s']:,.0f}",
+    "batch": lambda run: f"{run['mean_batch']:.1f}",
+    "first token P50 P99": lambda run: _percentiles(run["first_token_s"]),
+    "latency P50 P99": lambda run: _percentiles(run["latency_s"]),
+    "memory": lambda run: human_bytes(run["peak_bytes"]) if run["peak_bytes"] else "",
+}
+
+
+def _serving(record: Record) -> Iterator[RenderableType]:
+    """A table for each load."""
+    for case in record.cases("serving"):
+        load = case["load"]
+        rate = load["rate_per_s"]
+        how = "all at once" if rate is None else f"{rate:g} a second"
+        prompt, output = (
+            "{least} to {most} tokens, median {median:g}".format(**load[name])
+            for name in ("prompt", "output")
+        )
+        table = _table()
+        table.title = f"serving: {load['count']} requests, {how}"
+        table.title_justify = "left"
+        table.add_column("")
+        for head in SERVING:
+            table.add_column(head, justify="right")
+        for run in case["runs"]:
+            if not run["why"]:
+                table.add_row(run["peer"], *(cell(run) for cell in SERVING.values()))
+        yield table
+        for run in case["runs"]:
+            if run["why"]:
+                yield Text(f"{run['peer']}: {run['why']}")
+    yield Text(
+        f"serving: {case['shape']}, {case['dtype']}, random weights. Prompts of {prompt}; answers "
+        f"of {output}. Latency counts from arrival. batch: the mean over time."
+    )
+
+
+def _percentiles(of: dict[str, float]) -> str:
+    return f"{human_seconds(of['p50'])} {human_seconds(of['p99'])}"
 
 
 def _mib(n_bytes: int) -> str:

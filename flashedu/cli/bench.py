@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +17,10 @@ from flashedu.cli.options import (
     given,
     head_size,
     list_of,
+    natural,
     number,
     one_of,
+    rate,
     whole,
 )
 from flashedu.cli.output import print_parts, progress, write
@@ -36,6 +39,10 @@ BENCH_PEERS = (
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
 SANITIZERS = "memcheck, racecheck, initcheck"  # bench.sanitize, without its imports
+SERVERS = (  # bench.serving, without its imports
+    "eager-4, sdpa-4, flashedu-4, flashedu-16, continuous-16, continuous-256, vllm-flash-4, "
+    "vllm-flash-16, vllm-flash, vllm-triton, vllm-flashedu"
+)
 
 
 _DTYPE = typer.Option("--dtype", help=f"{GPU_DTYPES}.", parser=one_of(GPU_DTYPES), metavar="DTYPE")
@@ -197,6 +204,47 @@ def sanitize(
     _show_record(path)
     if not all(sanitizer.clean(case) for case in record.load(path).data["cases"]):
         raise typer.Exit(1)
+
+
+@bench.command()
+def serving(
+    engines: Annotated[
+        Any, list_of("--engines", f"Of {SERVERS}; the case study.", one_of(SERVERS))
+    ] = None,
+    rates: Annotated[
+        Any, list_of("--rates", "Requests a second, or inf: all at once; inf.", rate)
+    ] = None,
+    count: Annotated[int, number("--count", "Requests of a run.")] = 64,
+    seed: Annotated[int, number("--seed", "Of arrivals, lengths and tokens.", natural)] = 0,
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model, 8 requests: does it still run?")
+    ] = False,
+) -> None:
+    """Send a load of requests to real engines, and record throughput, latency and memory.
+
+    A model of Llama 2 7B's shape with random weights. Without --engines: the case study of chapter
+    12, with rates and counts of its own.
+    """
+    device = _measuring_device("bench serving")
+    from flashedu.bench import serving as engines_
+
+    wanted: Any = engines_.CASE_STUDY
+    if engines:
+        wanted = [(engine, r, count) for engine in engines for r in rates or (math.inf,)]
+    if quick:
+        wanted = [(engine, r, min(n, 8)) for engine, r, n in wanted]
+    shape = "tiny" if quick else "llama2-7b"
+    runs = engines_.plan(shape, wanted, seed)
+    device.give_back()
+    with progress() as on_case:
+        steps = engines_.measure(runs, shape, dtype, device.name, on_case=on_case)
+        head = {"quick": quick, "planned": len({run.load for run in runs}),
+                **engines_.provenance()}  # fmt: skip
+        path = _record_run("serving", device, steps, out, commit, head)
+    _show_record(path)
 
 
 @bench.command()

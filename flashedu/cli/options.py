@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,6 +41,28 @@ def whole(value: str) -> int:
         number = 0
     if not 1 <= number <= LARGEST:
         raise typer.BadParameter(f"must be an integer from 1 to {LARGEST}, got {shown(value)}")
+    return number
+
+
+def natural(value: str) -> int:
+    """Parses 0, 1, 2 …"""
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= LARGEST:
+        raise typer.BadParameter(f"must be an integer from 0 to {LARGEST}, got {shown(value)}")
+    return number
+
+
+def rate(value: str) -> float:
+    """Parses a number above 0, or inf."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise typer.BadParameter(f"must be a number above 0, or inf, got {shown(value)}")
     return number
 
 

@@ -1,0 +1,242 @@
+"""The case study on real engines: one load, and each engine in a process of its own.
+
+`measure` starts this module as a program, once for each group of engines that share a model, and
+reads what it says, a line a run. So an engine that fails, or takes the card's memory with it, costs
+no other its measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flashedu.bench.run import OnCase, sentence
+from flashedu.serving.load import Lengths, Load, Sample, WallClock, serve
+
+PROMPTS = Lengths(256, 1.0, 16, 3584)
+ANSWERS = Lengths(64, 0.8, 4, 512)  # the article: at most 512
+TINY_PROMPTS, TINY_ANSWERS = Lengths(32, 0.8, 4, 200), Lengths(8, 0.6, 2, 32)
+SAMPLES = 240  # of a run, that a record keeps
+LIMIT_S = 420  # of a group
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, its attention and its largest batch; `group`: those that share a process."""
+
+    name: str
+    kind: str  # "static", "continuous" or "vllm"
+    attention: str
+    batch: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        return self.name if self.kind == "vllm" else "transformers"
+
+
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+ENGINES = {
+    e.name: e
+    for e in (
+        Engine("eager-4", "static", "eager", 4),
+        Engine("flashedu-4", "static", "FlashEdu", 4),
+        Engine("flashedu-16", "static", "FlashEdu", 16),
+        Engine("sdpa-4", "static", "sdpa", 4),
+        Engine("continuous-16", "continuous", "sdpa", 16),
+        Engine("continuous-256", "continuous", "sdpa", 256),
+        Engine("vllm-flash-4", "vllm", "FLASH_ATTN", 4, GRAPHS),
+        Engine("vllm-flash-16", "vllm", "FLASH_ATTN", 16, GRAPHS),
+        Engine("vllm-flash", "vllm", "FLASH_ATTN", 256, GRAPHS),
+        Engine("vllm-triton", "vllm", "TRITON_ATTN", 256, GRAPHS),
+        Engine("vllm-flashedu", "vllm", "CUSTOM", 256, GRAPHS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An engine under a load."""
+
+    engine: Engine
+    load: Load
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        rate = self.load.rate_per_s
+        how = "all at once" if rate == math.inf else f"{rate:g} a second"
+        return f"{self.engine.name}: {self.load.count} requests, {how}"
+
+
+INF = math.inf
+CASE_STUDY = (  # engine, requests a second, requests
+    ("eager-4", INF, 32), ("eager-4", 0.75, 48), ("flashedu-4", INF, 32), ("flashedu-16", INF, 48),
+    ("continuous-16", INF, 48), ("vllm-flash-4", INF, 48), ("vllm-flash-16", INF, 96),
+    *((engine, INF, 256) for engine in ("vllm-flash", "vllm-triton", "vllm-flashedu") * 2),
+    ("vllm-flash", 0.75, 48), ("vllm-flash", 18.4, 256), ("vllm-flashedu", 18.4, 256),
+)  # fmt: skip
+
+
+def plan(
+    shape: str, wanted: Sequence[tuple[str, float, int]] = CASE_STUDY, seed: int = 0
+) -> list[Run]:
+    """The runs of these engines, rates and counts; one that is there twice is repeated."""
+    prompts, answers = (TINY_PROMPTS, TINY_ANSWERS) if shape == "tiny" else (PROMPTS, ANSWERS)
+    runs: list[Run] = []
+    for name, rate, count in wanted:
+        run = Run(ENGINES[name], Load(rate, count, prompts, answers, seed))
+        before = sum((r.engine, r.load) == (run.engine, run.load) for r in runs)
+        runs.append(replace(run, repeat=before))
+    return runs
+
+
+def measure(
+    runs: Sequence[Run], shape: str, dtype: str, device: str, *, on_case: OnCase
+) -> Iterator[dict[str, Any]]:
+    """A case for each load, as it stands in a record."""
+    found: dict[int, dict[str, Any]] = {}
+    for group in dict.fromkeys(run.engine.group for run in runs):
+        numbers = [i for i, run in enumerate(runs) if run.engine.group == group]
+        for number in numbers:
+            on_case(number, len(runs), str(runs[number]))
+        found |= _child([(i, runs[i]) for i in numbers], shape, dtype, device)
+    for load in dict.fromkeys(run.load for run in runs):
+        yield {
+            "section": "serving", "shape": shape, "dtype": dtype, "load": load.as_dict(),
+            "runs": [found[i] for i, run in enumerate(runs) if run.load == load],
+        }  # fmt: skip
+
+
+def _child(
+    runs: Sequence[tuple[int, Run]], shape: str, dtype: str, device: str
+) -> dict[int, dict[str, Any]]:
+    head = {i: _head(run) for i, run in runs}
+    job = {"shape": shape, "dtype": dtype, "device": device,
+           "runs": [[i, run.engine.name, run.load.as_dict()] for i, run in runs]}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "out.jsonl", Path(folder) / "log.txt"
+        with log.open("w", encoding="utf-8") as said:
+            why = "it did not end"
+            try:
+                subprocess.run(
+                    [sys.executable, "-m", __name__, json.dumps(job), str(out)],
+                    stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                why = f"it took more than {LIMIT_S} s"
+        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+        ended = {entry.pop("number"): entry for entry in map(json.loads, lines)}
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if len(ended) < len(runs):
+            sys.stderr.write(text[-4000:])
+    backend = next((line for line in text.splitlines() if "AttentionBackendEnum" in line), None)
+    said_backend = {"log": backend[backend.index("Using") :]} if backend else {}
+    return {i: head[i] | said_backend | ended.get(i, {"why": why}) for i, _ in runs}
+
+
+def _head(run: Run) -> dict[str, Any]:
+    engine = run.engine
+    return {"peer": engine.name, "kind": engine.kind, "attention": engine.attention,
+            "batch": engine.batch, "repeat": run.repeat, "why": None}  # fmt: skip
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the engines."""
+    packages = ("transformers", "vllm")
+    return {name: version(name) if find_spec(name) else None for name in packages}
+
+
+# the program
+
+
+def _program(job: dict[str, Any], out: Path) -> None:
+    models: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
+    for number, name, of_load in job["runs"]:
+        load = _load(of_load)
+        try:
+            if name not in loaded:
+                for engine in loaded.values():
+                    engine.close()
+                loaded.clear()
+                loaded[name] = _start(ENGINES[name], job, models)
+            entry = run_one(loaded[name], load, job["device"])
+        except Exception as error:
+            entry = {"why": sentence(error)}
+            loaded.clear()
+        with out.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"number": number, **entry}) + "\n")
+    for engine in loaded.values():
+        engine.close()
+
+
+def _start(engine: Engine, job: dict[str, Any], models: dict[str, Any]) -> Any:
+    from flashedu.serving import engines
+
+    clock = WallClock()
+    if engine.kind == "vllm":
+        return engines.VLLM(
+            job["shape"], engine.attention, clock, batch=engine.batch, dtype=job["dtype"],
+            **engine.options,
+        )  # fmt: skip
+    if not models:
+        models["llama"] = engines.llama(job["shape"], job["dtype"], job["device"])
+    kind = {"static": engines.StaticBatches, "continuous": engines.ContinuousBatching}[engine.kind]
+    return kind(models["llama"], engine.attention, clock, batch=engine.batch)
+
+
+def run_one(engine: Any, load: Load, device: str) -> dict[str, Any]:
+    """Warm up with other requests of the same kinds; then the load, and what became of it."""
+    import torch
+
+    warm = load.replace(rate_per_s=math.inf, count=min(load.count, 4), seed=load.seed + 1)
+    serve(engine, warm.requests(), engine.clock)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    engine.forget()
+    served = serve(engine, load.requests(), engine.clock)
+    return {
+        **served.summary(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "latencies_s": [round(s, 4) for s in served.latency_s],
+        "first_tokens_s": [round(s, 4) for s in served.first_token_s],
+        "samples": [list(s) for s in thinned(served.samples)],
+        "tokens": digest(engine.written),
+    }
+
+
+def thinned(samples: Sequence[Sample], most: int = SAMPLES) -> list[Sample]:
+    """Some of them, evenly, the last among them."""
+    step = math.ceil(len(samples) / most)
+    kept = list(samples[::-1][::step][::-1])
+    return [s._replace(at_s=round(s.at_s, 4)) for s in kept]
+
+
+def digest(written: dict[int, list[int]]) -> str:
+    """Equal for equal tokens."""
+    import hashlib
+
+    text = json.dumps(sorted(written.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _load(of_load: dict[str, Any]) -> Load:
+    rate = of_load["rate_per_s"]
+    lengths = {name: Lengths(**of_load[name]) for name in ("prompt", "output")}
+    return Load(
+        math.inf if rate is None else rate, of_load["count"], seed=of_load["seed"], **lengths
+    )
+
+
+if __name__ == "__main__":
+    _program(json.loads(sys.argv[1]), Path(sys.argv[2]))
