@@ -129,9 +129,9 @@ def _report(p: Plan) -> Iterable[RenderableType]:
         style = "" if moment is p.largest_moment else "dim"
         for name, term in (("workspace", moment.attention), ("activations", moment.activations)):
             if term.n_bytes:
-                what = f"{moment.name}: {name}" if moment.name != "logits" else "logits"
+                what = f"{moment.name}, {name}" if moment.name != "logits" else "logits"
                 table.add_row(
-                    Text(f"prefill, {what}", style),
+                    Text(what, style),
                     Text(human_bytes(term.n_bytes), style),
                     Text(term.by_hand, style),
                 )

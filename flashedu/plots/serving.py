@@ -31,7 +31,7 @@ def card_memory(
                    "attention": look.tensor["s"], "activations": look.tints[0]}  # fmt: skip
         fig, ax = plt.subplots(figsize=(8, 1.75 + 0.62 * len(plans)))
         totals = [sum(parts.values()) for parts in plans.values()]
-        right = 1.0 * max(card.hbm_bytes, *totals)
+        right, marked = float(max(card.hbm_bytes, *totals)), False
         for row, (label, parts) in enumerate(plans.items()):
             left = 0.0
             for name in PARTS:
@@ -41,13 +41,15 @@ def card_memory(
                     label=name if row == 0 else None,
                 )  # fmt: skip
                 left += parts[name]
-            share = left / card.hbm_bytes
-            ax.text(left / 2**30, row, f"  {human_bytes(left)}, {share:.0%}", va="center",
-                    bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 1})  # fmt: skip
-            limit = (allowed or {}).get(label, 1)
-            if limit < 1:
-                at = limit * card.hbm_bytes / 2**30
-                ax.plot([at, at], [row - 0.4, row + 0.4], color=look.ink, linewidth=2)
+            limit = (allowed or {}).get(label, 1) * card.hbm_bytes
+            if limit < card.hbm_bytes:
+                ax.plot([limit / 2**30] * 2, [row - 0.38, row + 0.38], color=look.ink, linewidth=2,
+                        label=None if marked else "may be used")  # fmt: skip
+                marked = True
+            end = limit if left < limit < left + 0.25 * right else left
+            ax.text(end / 2**30, row, f"  {human_bytes(left)}, {left / card.hbm_bytes:.0%}",
+                    va="center",
+                    bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 0})  # fmt: skip
         ax.axvline(card.hbm_bytes / 2**30, color=look.ink, linewidth=1.2, linestyle="--")
         ax.text(
             card.hbm_bytes / 2**30, len(plans) - 0.48, f"{card.name} ", ha="right", va="bottom",
@@ -59,6 +61,6 @@ def card_memory(
         ax.set_ylim(len(plans) - 0.4, -0.6)
         ax.set_xlim(0, 1.24 * right / 2**30 if max(totals) > 0.8 * right else 1.03 * right / 2**30)
         ax.set_xlabel("memory of the card (GiB)", loc="left")
-        fig.legend(loc="outside lower left", ncols=len(PARTS))
+        fig.legend(loc="outside lower left", ncols=len(PARTS) + 1)
         ax.set_title(title)
     return fig

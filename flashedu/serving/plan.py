@@ -3,10 +3,11 @@
 Four things share the card. Weights and the cache of keys and values stay; attention's workspace and
 the activations come and go. Three moments of a prefill are candidates for the peak:
 
-- attention: the hidden states three times (the embeddings, which the model keeps; the residual; its
-  norm), q, and the workspace. Keys and values are in the cache by then.
-- mlp: hidden states as before, gate, up and their product. Standard attention's P is still there:
-  the layer keeps the weights that attention returned until it ends.
+- attention: the hidden states three times (the embeddings, which the model keeps; the layer's
+  input; its norm), q, and the workspace. Keys and values are in the cache by then.
+- MLP: the hidden states four times (a new residual, and the layer's input is still there), gate, up
+  and their product. Standard attention's P is still there too: the layer keeps what attention
+  returned until it ends.
 - logits: of the last token of each sequence, and their float32 copy.
 
 Standard attention is `eager_attention_forward` of Transformers, which holds S, a float32 softmax
@@ -39,8 +40,8 @@ from flashedu.pages import idle_in_contiguous, idle_in_pages
 ATTENTION = ("standard", "flash")
 CACHES = ("contiguous", "pages")
 DTYPES = ("float16", "bfloat16", "float32")
-# Standard attention, bytes a score: S, the float32 copy that softmax reads, its result, P.
-# Where there are two figures in float32, they are S and what is computed from it.
+# Standard attention's bytes a score at its peak. float16: S, the softmax in float32, P. bfloat16: S,
+# its float32 copy, the softmax. float32: S, the softmax.
 SCORE_BYTES = {"float16": "2 + 4 + 2", "bfloat16": "2 + 4 + 4", "float32": "4 + 4"}
 
 
@@ -320,9 +321,9 @@ def plan(
         )
     used = N if used is None else used
     if not 1 <= used <= N:
-        raise ValueError(f"used must be from 1 to N={N}, got {used}")
+        raise ValueError(f"used must be from 1 to N, {N}, got {used}")
     tokens = B * N if step_tokens is None else step_tokens
-    if not 1 <= tokens:
+    if tokens < 1:
         raise ValueError(f"step_tokens must be 1 or more, got {tokens}")
     tokens = min(tokens, B * N)
 
@@ -337,7 +338,7 @@ def plan(
             f"2 × {m.layers} layers × {B:,} sequences × {keys} × {m.H_kv} heads × {m.D} × {b} B"
         ),
         moments=_moments(m, N, B, attention, tokens, dtype),
-        decode=_decode(m, N, B, attention, cache, b),
+        decode=_decode(m, N, B, attention, cache, dtype),
     )  # fmt: skip
 
 
@@ -346,28 +347,29 @@ def _moments(
 ) -> tuple[Moment, ...]:
     b, T = ITEM_BYTES[dtype], f"{tokens:,} tokens"
     scores, mask = f"{T} × {m.H} heads × {N:,} keys", f" + {T} × {N:,} keys × {b} B of mask"
-    repeated = "" if m.H == m.H_kv else f" + {_repeated(m, N, B, b)}"
     if attention == "standard":
-        inside = f"{scores} × ({SCORE_BYTES[dtype]}) B{mask}{repeated}"
+        inside = f"{scores} × ({SCORE_BYTES[dtype]}) B{mask}{_repeated(m, N, B, b)}"
         after = f"{scores} × {b} B{mask}"
     else:
         inside, after = f"{T} × {m.H} heads × ({m.D} × {b} B of o + 4 B of lse)", "0"
-    hidden = f"{T} × (3 × {m.hidden:,} hidden + "
+    C = f"{m.hidden:,} hidden"
     return (
-        Moment("attention", _term(inside), _term(f"{hidden}{m.H} × {m.D} of q) × {b} B")),
-        Moment("MLP", _term(after), _term(f"{hidden}3 × {m.intermediate:,}) × {b} B")),
+        Moment("attention", _term(inside), _term(f"{T} × (3 × {C} + {m.H} × {m.D} of q) × {b} B")),
+        Moment("MLP", _term(after), _term(f"{T} × (4 × {C} + 3 × {m.intermediate:,}) × {b} B")),
         Moment("logits", _term("0"), _term(_logits(m, B, b))),
     )
 
 
-def _decode(m: Model, N: int, B: int, attention: str, cache: str, b: int) -> Term:
+def _decode(m: Model, N: int, B: int, attention: str, cache: str, dtype: str) -> Term:
     """The largest of what a step with one new token holds beside weights and cache."""
+    b = ITEM_BYTES[dtype]
     held = [_term(_logits(m, B, b))]
     if cache == "contiguous":
         grown = f"{B:,} sequences × {N:,} keys × {m.H_kv} heads × {m.D} × {b} B"
         held.append(_term(f"{grown}, one layer's keys as they grow"))
-    if attention == "standard" and m.H != m.H_kv:
-        held.append(_term(_repeated(m, N, B, b)))
+    if attention == "standard":
+        scores = f"{B:,} queries × {m.H} heads × {N:,} keys × ({SCORE_BYTES[dtype]}) B"
+        held.append(_term(scores + _repeated(m, N, B, b)))
     return max(held, key=lambda term: term.n_bytes)
 
 
@@ -377,7 +379,9 @@ def _logits(m: Model, B: int, b: int) -> str:
 
 def _repeated(m: Model, N: int, B: int, b: int) -> str:
     """Standard attention copies the keys and values of a group for each of its query heads."""
-    return f"2 × {B:,} sequences × {N:,} keys × {m.H} heads × {m.D} × {b} B of repeated keys"
+    if m.H_kv == m.H:
+        return ""
+    return f" + 2 × {B:,} sequences × {N:,} keys × {m.H} heads × {m.D} × {b} B repeated k, v"
 
 
 def largest_batch(of: Plan) -> int:

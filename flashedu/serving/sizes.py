@@ -19,6 +19,8 @@ def sizes_of(name: str) -> Model:
     import difflib
 
     try:
+        import transformers  # noqa: F401
+
         from flashedu.integrations import named
     except ImportError as error:
         raise ImportError(
@@ -85,7 +87,9 @@ def _measured(name: str, model_class: Any, config: Any) -> Model:
         **sizes,
         parameters=sum(p.numel() for p in model.parameters()),
         window=_size(text, "sliding_window") or None if slides else None,
-        note="" if gated and not experts else f"{kind} has another MLP than Llama: its activations are a guess",
+        note=""
+        if gated and not experts
+        else f"{kind} has another MLP than Llama: its activations are a guess",
     )
 
 
