@@ -193,7 +193,7 @@ def small_things(m: Model, B: int, N: int, b: int) -> int:
 
 
 def vectors(m: Model, B: int, b: int) -> int:
-    """What a plan leaves out of a decode step: hidden states and q, k, v of one token, positions."""
+    """What a plan leaves out of a decode step: hidden states and q, k, v of one token."""
     return 10 * B * m.hidden * b + 1000
 
 

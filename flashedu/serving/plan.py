@@ -40,8 +40,8 @@ from flashedu.pages import idle_in_contiguous, idle_in_pages
 ATTENTION = ("standard", "flash")
 CACHES = ("contiguous", "pages")
 DTYPES = ("float16", "bfloat16", "float32")
-# Standard attention's bytes a score at its peak. float16: S, the softmax in float32, P. bfloat16: S,
-# its float32 copy, the softmax. float32: S, the softmax.
+# Standard attention's bytes a score at its peak. float16: S, the softmax in float32, P.
+# bfloat16: S, its float32 copy, the softmax. float32: S, the softmax.
 SCORE_BYTES = {"float16": "2 + 4 + 2", "bfloat16": "2 + 4 + 4", "float32": "4 + 4"}
 
 
