@@ -223,7 +223,7 @@ BAD_OPTIONS = {
     "ladder --gpu": "flashedu ladder: --gpu needs a value, as in --gpu h200",
     "ladder --causal=yes": "flashedu ladder: --causal takes no value",
     "laddr": "flashedu: no command 'laddr'; did you mean ladder?",
-    "zzz": "flashedu: no command 'zzz'; the commands are ladder, doctor, bench",
+    "zzz": "flashedu: no command 'zzz'; the commands are ladder, doctor, plan, bench",
     "--verzion": "flashedu: no option --verzion; did you mean --version?",
     "doctor --jsn": "flashedu doctor: no option --jsn; did you mean --json?",
     "bench --d 64,x": "flashedu bench: --d must be an integer from 1 to 256, got 'x'",

@@ -28,6 +28,7 @@ from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
+from flashedu.serving.plan import MODELS, plan
 from flashedu.stages import LADDER, online, reference
 from flashedu.stages.decode_tiles import splits_for
 from flashedu.testing import Error, draw, errors
@@ -246,6 +247,22 @@ def idle_memory() -> Figure:
     rooms = {f"pages of {n}": (sum(lengths), idle_in_pages(lengths, n)) for n in (16, 64, 256)}
     alone = {"room for 4096": (sum(lengths), idle_in_contiguous(lengths, 4096))}
     return plots.idle_memory(alone | rooms, "Memory of 64 sequences")
+
+
+# serving
+
+
+@example
+def card_memory() -> Figure:
+    before = plan(MODELS["llama2-7b"], gpu("a100-80"), N=4096, B=4)
+    after = before.replace(
+        attention="flash", cache="pages", B=16, used=2048, memory=0.4, step_tokens=8192
+    )
+    drawn = {"before": before, "after": after}
+    return plots.card_memory(
+        {label: p.parts for label, p in drawn.items()}, before.gpu, "A server, before and after",
+        {label: p.memory for label, p in drawn.items()},
+    )  # fmt: skip
 
 
 # masks

@@ -1,4 +1,4 @@
-"""The command line: `flashedu ladder`, `flashedu doctor` and `flashedu bench`.
+"""The command line: `flashedu ladder`, `flashedu doctor`, `flashedu plan` and `flashedu bench`.
 
 A wrong option gets one line on stderr and exit code 2. Slow imports wait until they are needed.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flashedu import __version__
-from flashedu.cli import bench, doctor, ladder
+from flashedu.cli import bench, doctor, ladder, plan
 from flashedu.cli.options import Group, Refused, Stopped, close, given
 from flashedu.cli.output import ClosedPipe, print_what_the_encoding_lacks_as_ascii, write
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 
 app.command()(ladder.ladder)
 app.command()(doctor.doctor)
+app.command()(plan.plan)
 app.add_typer(bench.bench, name="bench")
 
 

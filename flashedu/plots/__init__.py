@@ -17,6 +17,7 @@ from flashedu.plots.numerics import (
     two_answers,
 )
 from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, splits, waiting
+from flashedu.plots.serving import card_memory
 from flashedu.plots.softmax import running_state
 from flashedu.plots.speed import (
     decode_times,
@@ -44,6 +45,7 @@ __all__ = [
     "bars",
     "bit_layout",
     "busy_sms",
+    "card_memory",
     "cumulative_traffic",
     "decode_times",
     "error_against_n",
