@@ -48,7 +48,9 @@ def test_the_same_seed_gives_the_same_requests_few_or_many_at_any_rate() -> None
     assert few == LOAD.requests()[:10]
     faster = LOAD.replace(rate_per_s=16.0).requests()
     assert [r[2:] for r in faster] == [r[2:] for r in LOAD.requests()]
-    assert [2 * r.arrival_s for r in faster] == pytest.approx([r.arrival_s for r in LOAD.requests()])
+    assert [2 * r.arrival_s for r in faster] == pytest.approx(
+        [r.arrival_s for r in LOAD.requests()]
+    )
     assert LOAD.replace(seed=1).requests() != LOAD.requests()
 
 
@@ -65,7 +67,8 @@ def test_an_infinite_rate_brings_all_at_once() -> None:
 
 def test_lengths_keep_their_bounds_and_their_median() -> None:
     drawn = LOAD.prompt.draw(10_001, np.random.default_rng(0))
-    assert min(drawn) >= 16 and max(drawn) == 3584
+    assert min(drawn) >= 16
+    assert max(drawn) == 3584
     # the median of n normal values has a standard error of √(π/2n)
     assert math.log(np.median(drawn) / 256) == pytest.approx(0, abs=5 * math.sqrt(math.pi / 2e4))
 
@@ -163,7 +166,8 @@ def test_a_cache_that_grows_by_concatenation_moves_three_times_as_much() -> None
 def test_standard_attention_makes_a_long_prefill_longer_and_a_short_one_hardly() -> None:
     standard, flash = (Machine(SEVEN, A100, attention=a) for a in ("standard", "flash"))
     ratios = [standard.prefill_s([n]) / flash.prefill_s([n]) for n in (256, 3584)]
-    assert ratios[0] < 1.01 and ratios[1] > 1.02
+    assert ratios[0] < 1.01
+    assert ratios[1] > 1.02
 
 
 def test_a_static_batch_is_answered_when_its_longest_answer_is_done() -> None:
@@ -190,7 +194,8 @@ def test_in_a_continuous_batch_short_answers_leave_and_others_join() -> None:
 def test_a_batch_has_room_for_all_its_keys() -> None:
     served = simulated(LOAD.replace(rate_per_s=math.inf), batch=64, room=8192)
     held = [s.cached_tokens for s in served.samples]
-    assert max(held) <= 8192 and all(n % 16 == 0 for n in held)
+    assert max(held) <= 8192
+    assert all(n % 16 == 0 for n in held)
     assert max(s.running for s in served.samples) < 64
     with pytest.raises(ValueError, match="room must hold request"):
         simulated(LOAD, batch=64, room=16)
@@ -216,7 +221,8 @@ def test_batching_buys_more_than_attention_does() -> None:
     attention = simulated(load, cache="contiguous", batch=4).summary()
     batching = simulated(load, batch=16, room=10**6).summary()
     rates = [x["requests_per_s"] for x in (before, attention, batching)]
-    assert rates[1] < 1.05 * rates[0] and rates[2] > 4 * rates[1]
+    assert rates[1] < 1.05 * rates[0]
+    assert rates[2] > 4 * rates[1]
 
 
 # engines that run a model
@@ -282,7 +288,8 @@ def test_the_case_study_names_engines_that_there_are() -> None:
 def test_thinned_samples_are_few_and_end_with_the_last() -> None:
     samples = [Sample(float(i), i, 0, 0) for i in range(1001)]
     kept = serving.thinned(samples, 10)
-    assert len(kept) <= 10 and kept[-1] == samples[-1]
+    assert len(kept) <= 10
+    assert kept[-1] == samples[-1]
     assert serving.thinned(samples[:3]) == samples[:3]
 
 
@@ -305,7 +312,9 @@ def test_an_engine_that_fails_costs_no_other_its_measurement(tmp_path, monkeypat
     serving._program(job, tmp_path / "out.jsonl")
     failed, ran = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert failed == {"number": 0, "why": "RuntimeError: no card"}
-    assert ran["number"] == 1 and len(ran["latencies_s"]) == 3 and ran["requests_per_s"] > 0
+    assert ran["number"] == 1
+    assert len(ran["latencies_s"]) == 3
+    assert ran["requests_per_s"] > 0
 
 
 def test_a_record_of_serving_reads_back(tmp_path) -> None:

@@ -249,8 +249,10 @@ def serve(engine: Engine, requests: Sequence[Request], clock: Clock) -> Served:
             left[token.request] -= 1
             if not left[token.request]:
                 del left[token.request]
-        waiting = sum(1 for number in left if not times[number])
-        samples.append(Sample(clock.now(), engine.running, waiting, engine.cached_tokens))
+        now = clock.now()
+        waiting = sum(not times[number] for number in left)
+        waiting += sum(r.arrival_s <= now for r in arriving)
+        samples.append(Sample(now, engine.running, waiting, engine.cached_tokens))
     return Served(
         requests,
         [times[r.number][0] - r.arrival_s for r in requests],
