@@ -256,7 +256,8 @@ def alone(tiny):
     [("StaticBatches", "eager"), ("StaticBatches", "FlashEdu"), ("ContinuousBatching", "sdpa")],
 )
 def test_every_engine_writes_what_each_prompt_gets_alone(tiny, alone, kind, attention) -> None:
-    engine = getattr(engines, kind)(tiny, attention, WallClock(), batch=4)
+    how = {"room": 1024} if kind == "ContinuousBatching" else {}
+    engine = getattr(engines, kind)(tiny, attention, WallClock(), batch=4, **how)
     try:
         served = serve(engine, TINY.requests(), engine.clock)
     finally:

@@ -190,8 +190,12 @@ def _start(engine: Engine, job: dict[str, Any], models: dict[str, Any]) -> Any:
         )  # fmt: skip
     if not models:
         models["llama"] = engines.llama(job["shape"], job["dtype"], job["device"])
-    kind = {"static": engines.StaticBatches, "continuous": engines.ContinuousBatching}[engine.kind]
-    return kind(models["llama"], engine.attention, clock, batch=engine.batch)
+    how: dict[str, Any] = {"batch": engine.batch}
+    if engine.kind == "static":
+        return engines.StaticBatches(models["llama"], engine.attention, clock, **how)
+    if job["device"] == "cpu":  # whose memory is not for the cache alone
+        how["room"] = 8192
+    return engines.ContinuousBatching(models["llama"], engine.attention, clock, **how)
 
 
 def run_one(engine: Any, load: Load, device: str) -> dict[str, Any]:

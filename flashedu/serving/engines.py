@@ -164,13 +164,18 @@ class ContinuousBatching(_Continuous):
     page_size = 256
 
     def __init__(
-        self, model: Any, attention: str, clock: Clock, *, batch: int, seed: int = 0
-    ) -> None:
+        self, model: Any, attention: str, clock: Clock, *, batch: int, room: int | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        """`room`: keys that the cache holds; None lets the manager take what memory is free."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         super().__init__(clock, model.config.vocab_size, seed)
         model.set_attn_implementation(attention)
-        options = ContinuousBatchingConfig(max_requests_per_batch=batch, allow_block_sharing=False)
+        blocks = None if room is None else -(-room // self.page_size)
+        options = ContinuousBatchingConfig(
+            max_requests_per_batch=batch, num_blocks=blocks, allow_block_sharing=False
+        )
         options.auto_switch_to_flash = False  # an option since 5.18
         self._manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=PAD),
