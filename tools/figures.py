@@ -5,10 +5,12 @@ python tools/figures.py [FOLDER]    into FOLDER, or into build/figures
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -28,7 +30,10 @@ from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
+from flashedu.serving.load import Lengths, Load, Served, SimulatedClock, serve
 from flashedu.serving.plan import MODELS, plan
+from flashedu.serving.simulate import ContinuousServer, StaticServer
+from flashedu.serving.simulate import Machine as ServingMachine
 from flashedu.stages import LADDER, online, reference
 from flashedu.stages.decode_tiles import splits_for
 from flashedu.testing import Error, draw, errors
@@ -263,6 +268,54 @@ def card_memory() -> Figure:
         {label: p.parts for label, p in drawn.items()}, before.gpu, "A server, before and after",
         {label: p.memory for label, p in drawn.items()},
     )  # fmt: skip
+
+
+@cache
+def served(cache_: str, batch: int, rate: float) -> Served:
+    """The case study's load on a simulated server of an A100."""
+    clock = SimulatedClock()
+    machine = ServingMachine(MODELS["llama2-7b"], gpu("a100-80"), cache=cache_)
+    server: Any = StaticServer(machine, clock, batch=batch)
+    if cache_ == "pages":
+        server = ContinuousServer(machine, clock, batch=batch, room=100_000)
+    load = Load(rate, 60, Lengths(256, 1.0, 16, 3584), Lengths(64, 0.8, 4, 512))
+    return serve(server, load.requests(), clock)
+
+
+@example
+def batch_over_time() -> Figure:
+    return plots.batch_over_time(
+        {
+            "static batches of 4": served("contiguous", 4, 2.0).samples,
+            "continuous, 16": served("pages", 16, 2.0).samples,
+        },
+        "The same requests: a static batch waits for its longest answer",
+    )
+
+
+@example
+def waiting_times() -> Figure:
+    return plots.waiting_times(
+        {
+            "static batches of 4": served("contiguous", 4, 2.0).latency_s,
+            "continuous, 16": served("pages", 16, 2.0).latency_s,
+        },
+        "How long users wait",
+    )
+
+
+@example
+def factors() -> Figure:
+    rates = {
+        "static batches of 4": served("contiguous", 4, math.inf),
+        "continuous, 4": served("pages", 4, math.inf),
+        "continuous, 16": served("pages", 16, math.inf),
+    }
+    found = {label: s.summary()["requests_per_s"] for label, s in rates.items()}
+    shown = dict(zip(found, (1.0, 2.2, None), strict=True))
+    return plots.factors(
+        {label: (x, shown[label]) for label, x in found.items()}, "What each change is worth"
+    )
 
 
 # masks

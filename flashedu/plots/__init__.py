@@ -17,7 +17,7 @@ from flashedu.plots.numerics import (
     two_answers,
 )
 from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, splits, waiting
-from flashedu.plots.serving import card_memory
+from flashedu.plots.serving import batch_over_time, card_memory, factors, waiting_times
 from flashedu.plots.softmax import running_state
 from flashedu.plots.speed import (
     decode_times,
@@ -43,12 +43,14 @@ __all__ = [
     "against_budget",
     "against_published",
     "bars",
+    "batch_over_time",
     "bit_layout",
     "busy_sms",
     "card_memory",
     "cumulative_traffic",
     "decode_times",
     "error_against_n",
+    "factors",
     "hierarchy",
     "idle_memory",
     "l2_and_dram",
@@ -79,5 +81,6 @@ __all__ = [
     "use",
     "visits",
     "waiting",
+    "waiting_times",
     "walks",
 ]
