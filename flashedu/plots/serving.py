@@ -44,7 +44,7 @@ def card_memory(
             limit = (allowed or {}).get(label, 1) * card.hbm_bytes
             if limit < card.hbm_bytes:
                 ax.plot([limit / 2**30] * 2, [row - 0.38, row + 0.38], color=look.ink, linewidth=2,
-                        label=None if marked else "may be used")  # fmt: skip
+                        zorder=4, label=None if marked else "may be used")  # fmt: skip
                 marked = True
             end = limit if left < limit < left + 0.25 * right else left
             ax.text(end / 2**30, row, f"  {human_bytes(left)}, {left / card.hbm_bytes:.0%}",
