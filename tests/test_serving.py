@@ -119,7 +119,14 @@ def test_latency_counts_from_arrival_with_the_queue_in_it() -> None:
     assert served.first_token_s == [1.0, 3.5, 1.0]
     assert served.seconds == 20.5
     assert served.summary()["output_tokens_per_s"] == 6 / 20.5
-    assert [s.waiting for s in served.samples] == [1, 1, 1, 0, 0, 0]
+    assert [s.waiting for s in served.samples] == [0, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_an_idle_engine_has_an_empty_batch() -> None:
+    clock = SimulatedClock()
+    served = serve(OneByOne(clock), [Request(0, 0, 1, 1), Request(1, 9.0, 1, 1)], clock)
+    assert [(s.at_s, s.running) for s in served.samples] == [(1, 1), (9, 0), (10, 1)]
+    assert served.summary()["mean_batch"] == 0.2
 
 
 def test_a_token_too_many_is_no_answer() -> None:

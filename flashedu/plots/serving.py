@@ -83,8 +83,7 @@ def batch_over_time(
             times = [0.0, *(sample[0] for sample in samples)]
             running = [sample[1] for sample in samples]
             queued = [sample[1] + sample[2] for sample in samples]
-            ax.stairs(queued, times, fill=True, facecolor=look.paper, edgecolor=look.faint,
-                      hatch="////", linewidth=0.6, label="waiting")  # fmt: skip
+            ax.stairs(queued, times, fill=True, facecolor=look.faint, label="waiting")
             ax.stairs(running, times, fill=True, color=look.sram, label="in the batch")
             ax.set_xlim(0, end)
             ax.set_ylim(0, 1.12 * max(queued))
@@ -93,7 +92,7 @@ def batch_over_time(
         axes[-1, 0].set_xlabel("seconds")
         fig.supylabel("requests", fontsize=10.5)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper right", ncols=2)
+        fig.legend(handles, labels, loc="outside lower right", ncols=2)
         headline(fig, title)
     return fig
 

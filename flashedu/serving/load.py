@@ -241,6 +241,7 @@ def serve(engine: Engine, requests: Sequence[Request], clock: Clock) -> Served:
             left[request.number], times[request.number] = request.new_tokens, []
         if not left:
             clock.sleep_until(arriving[0].arrival_s)
+            samples.append(Sample(clock.now(), 0, 0, 0))
             continue
         for token in engine.step():
             if token.request not in left:
