@@ -317,7 +317,7 @@ def test_an_engine_that_fails_costs_no_other_its_measurement(tmp_path, monkeypat
     runs = serving.plan("tiny", [("vllm-flash", math.inf, 3), ("eager-4", math.inf, 3)])
     job = {"shape": "tiny", "dtype": "float32", "device": "cpu",
            "runs": [[i, r.engine.name, r.load.as_dict()] for i, r in enumerate(runs)]}  # fmt: skip
-    serving._program(job, tmp_path / "out.jsonl")
+    serving.run_all(job, tmp_path / "out.jsonl")
     failed, ran = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert failed == {"number": 0, "why": "RuntimeError: no card"}
     assert ran["number"] == 1

@@ -21,12 +21,14 @@ from typing import Any
 
 from flashedu.bench.run import OnCase, sentence
 from flashedu.serving.load import Lengths, Load, Sample, WallClock, serve
+from flashedu.serving.plan import MODELS
 
 PROMPTS = Lengths(256, 1.0, 16, 3584)
 ANSWERS = Lengths(64, 0.8, 4, 512)  # the article: at most 512
 TINY_PROMPTS, TINY_ANSWERS = Lengths(32, 0.8, 4, 200), Lengths(8, 0.6, 2, 32)
 SAMPLES = 240  # of a run, that a record keeps
 LIMIT_S = 420  # of a group
+PLANNED = "planned"  # the argument for `flashedu.bench.planned`
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ def measure(
         for number in numbers:
             on_case(number, len(runs), str(runs[number]))
         found |= _child([(i, runs[i]) for i in numbers], shape, dtype, device)
+        if group == "transformers" and device == "cuda" and shape in MODELS:
+            on_case(numbers[-1], len(runs), "memory, beside the plan")
+            told = _program([PLANNED, shape, dtype])[0]
+            yield {"section": "memory", "shape": shape, "dtype": dtype, "load": None, "runs": told}
     for load in dict.fromkeys(run.load for run in runs):
         yield {
             "section": "serving", "shape": shape, "dtype": dtype, "load": load.as_dict(),
@@ -119,28 +125,32 @@ def measure(
 def _child(
     runs: Sequence[tuple[int, Run]], shape: str, dtype: str, device: str
 ) -> dict[int, dict[str, Any]]:
-    head = {i: _head(run) for i, run in runs}
     job = {"shape": shape, "dtype": dtype, "device": device,
            "runs": [[i, run.engine.name, run.load.as_dict()] for i, run in runs]}  # fmt: skip
+    lines, said, why = _program([json.dumps(job)])
+    ended = {line.pop("number"): line for line in lines}
+    backend = next((line for line in said.splitlines() if "AttentionBackendEnum" in line), None)
+    log = {"log": backend[backend.index("Using") :]} if backend and "Using" in backend else {}
+    return {i: _head(run) | log | ended.get(i, {"why": why}) for i, run in runs}
+
+
+def _program(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
+    """This module as a program: the lines of its file, what it said, and why it ended early."""
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out.jsonl", Path(folder) / "log.txt"
+        command, why = [sys.executable, "-m", __name__, str(out), *arguments], "it did not end"
         with log.open("w", encoding="utf-8") as said:
-            why = "it did not end"
             try:
-                subprocess.run(
-                    [sys.executable, "-m", __name__, json.dumps(job), str(out)],
-                    stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False,
-                )  # fmt: skip
+                code = subprocess.run(
+                    command, stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False
+                ).returncode
             except subprocess.TimeoutExpired:
-                why = f"it took more than {LIMIT_S} s"
-        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-        ended = {entry.pop("number"): entry for entry in map(json.loads, lines)}
+                code, why = 1, f"it took more than {LIMIT_S} s"
         text = log.read_text(encoding="utf-8", errors="replace")
-        if len(ended) < len(runs):
+        if code:
             sys.stderr.write(text[-4000:])
-    backend = next((line for line in text.splitlines() if "AttentionBackendEnum" in line), None)
-    said_backend = {"log": backend[backend.index("Using") :]} if backend else {}
-    return {i: head[i] | said_backend | ended.get(i, {"why": why}) for i, _ in runs}
+        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+        return [json.loads(line) for line in lines], text, why
 
 
 def _head(run: Run) -> dict[str, Any]:
@@ -158,7 +168,28 @@ def provenance() -> dict[str, Any]:
 # the program
 
 
-def _program(job: dict[str, Any], out: Path) -> None:
+def main(out: Path, arguments: Sequence[str]) -> None:
+    """Measure, and write a line for each run as it ends."""
+    if arguments[0] == PLANNED:
+        from flashedu.bench import planned
+        from flashedu.memory.gpus import gpu
+        from flashedu.serving import engines
+
+        _, shape, dtype = arguments
+        model = engines.llama(shape, dtype, "cuda")
+        for entry in planned.measure(model, MODELS[shape], gpu("h100"), dtype):
+            _write(out, entry)
+        return
+    run_all(json.loads(arguments[0]), out)
+
+
+def _write(out: Path, entry: dict[str, Any]) -> None:
+    with out.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
+
+
+def run_all(job: dict[str, Any], out: Path) -> None:
+    """The runs of a group, one after the other."""
     models: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
     for number, name, of_load in job["runs"]:
@@ -173,8 +204,7 @@ def _program(job: dict[str, Any], out: Path) -> None:
         except Exception as error:
             entry = {"why": sentence(error)}
             loaded.clear()
-        with out.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"number": number, **entry}) + "\n")
+        _write(out, {"number": number, **entry})
     for engine in loaded.values():
         engine.close()
 
@@ -243,4 +273,4 @@ def _load(of_load: dict[str, Any]) -> Load:
 
 
 if __name__ == "__main__":
-    _program(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -38,6 +38,7 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield from _sanitizer(record)
         return
     if data["kind"] == "serving":
+        yield from _planned(record)
         yield from _serving(record)
         return
     fwd_bwd = ("D", "causal", "pass")
@@ -400,10 +401,29 @@ def _serving(record: Record) -> Iterator[RenderableType]:
         for run in case["runs"]:
             if run["why"]:
                 yield Text(f"{run['peer']}: {run['why']}")
-    yield Text(
-        f"serving: {case['shape']}, {case['dtype']}, random weights. Prompts of {prompt}; answers "
-        f"of {output}. Latency counts from arrival. batch: the mean over time."
-    )
+        about = f"{case['shape']}, {case['dtype']}, random weights. Prompts of {prompt}; answers"
+        about = f"serving: {about} of {output}. Latency counts from arrival. batch: the mean over"
+    if record.cases("serving"):
+        yield Text(f"{about} time.")
+
+
+def _planned(record: Record) -> Iterator[RenderableType]:
+    """The memory plan beside the allocator."""
+    for case in record.cases("memory"):
+        table = _table()
+        table.title = "memory: the plan, and the allocator's peak"
+        table.title_justify = "left"
+        for head in ("attention", "B", "N", "prefill", "to the plan", "decode", "to the plan"):
+            table.add_column(head, justify="left" if head == "attention" else "right")
+        for run in case["runs"]:
+            if run["why"]:
+                yield Text(f"memory, {run['peer']}: {run['why']}")
+                continue
+            cells = [run["peer"], str(run["B"]), _n(run)]
+            for step in ("prefill_bytes", "decode_bytes"):
+                cells += [human_bytes(run[step]), f"{run[step] / run[f'planned_{step}']:.4f}"]
+            table.add_row(*cells)
+        yield table
 
 
 def _percentiles(of: dict[str, float]) -> str:
