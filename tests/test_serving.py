@@ -173,8 +173,8 @@ def test_a_cache_that_grows_by_concatenation_moves_three_times_as_much() -> None
 def test_standard_attention_makes_a_long_prefill_longer_and_a_short_one_hardly() -> None:
     standard, flash = (Machine(SEVEN, A100, attention=a) for a in ("standard", "flash"))
     ratios = [standard.prefill_s([n]) / flash.prefill_s([n]) for n in (256, 3584)]
-    assert ratios[0] < 1.01
-    assert ratios[1] > 1.02
+    assert ratios[0] < 1.05
+    assert ratios[1] > 1.2
 
 
 def test_a_static_batch_is_answered_when_its_longest_answer_is_done() -> None:
@@ -228,7 +228,7 @@ def test_batching_buys_more_than_attention_does() -> None:
     attention = simulated(load, cache="contiguous", batch=4).summary()
     batching = simulated(load, batch=16, room=10**6).summary()
     rates = [x["requests_per_s"] for x in (before, attention, batching)]
-    assert rates[1] < 1.05 * rates[0]
+    assert rates[1] < 1.1 * rates[0]
     assert rates[2] > 4 * rates[1]
 
 

@@ -1,8 +1,8 @@
 """A server without a model: the same load, on a clock that its steps move by what they must cost.
 
-A step takes as long as the roofline says and not less: the bytes that it moves, at the card's
-bandwidth, or its FLOPs at the card's rate, whichever takes longer. Real engines take longer; how
-much longer is what a measurement adds.
+A step is a row of kernels, and each takes as long as the roofline says and not less: the bytes that
+it moves, at the card's bandwidth, or its FLOPs at the card's rate, whichever takes longer. Real
+engines take longer; how much longer is what a measurement adds.
 
 What a step of T tokens for R requests moves: the weights once, however many requests share them;
 the keys and values of each request; in a contiguous cache that grows by concatenation, those twice
@@ -34,7 +34,7 @@ class Machine:
     dtype: str = "float16"
 
     def prefill_s(self, prompts: Sequence[int]) -> float:
-        """A step that computes whole prompts; those of one call are padded to equal lengths."""
+        """A step that computes whole prompts."""
         return self._seconds(sum(prompts), self._prefill(prompts))
 
     def decode_s(self, keys: Sequence[int]) -> float:
@@ -43,34 +43,35 @@ class Machine:
 
     def mixed_s(self, prompts: Sequence[int], keys: Sequence[int]) -> float:
         """Both in one step: the weights are read once for all."""
-        return self._seconds(sum(prompts) + len(keys), self._prefill(prompts) + self._decode(keys))
+        attention = [*self._prefill(prompts), *self._decode(keys)]
+        return self._seconds(sum(prompts) + len(keys), attention)
 
-    def _seconds(self, tokens: int, attention: Cost) -> float:
+    def _seconds(self, tokens: int, attention: Iterable[Cost]) -> float:
+        """All but attention is taken for one kernel; attention's are those of one layer."""
         m = self.model
         weights = m.parameters_by_hand.n_bytes - m.vocabulary * m.hidden  # less the embeddings
         rest = Cost(hbm_read_bytes=weights * ITEM_BYTES[self.dtype], flops=2 * weights * tokens)
-        return self.gpu.bound(rest + attention, self.dtype).seconds
+        layer = sum(self.gpu.bound(kernel, self.dtype).seconds for kernel in attention)
+        return self.gpu.bound(rest, self.dtype).seconds + m.layers * layer
 
-    def _problem(self, Nq: int, Nk: int) -> Problem:
+    def _prefill(self, prompts: Sequence[int]) -> list[Cost]:
         m = self.model
-        return Problem(H=m.H, H_kv=m.H_kv, D=m.D, Nq=Nq, Nk=Nk, dtype=self.dtype, causal=True)
+        found = []
+        for n in prompts:
+            p = Problem(H=m.H, H_kv=m.H_kv, D=m.D, Nq=n, dtype=self.dtype, causal=True)
+            if self.attention == "standard":
+                found += [cost.naive_scores(p), cost.naive_softmax(p), cost.naive_output(p)]
+            else:
+                found.append(cost.flash2(p))
+        return found
 
-    def _prefill(self, prompts: Sequence[int]) -> Cost:
-        form = cost.naive if self.attention == "standard" else cost.flash2
-        return _layers(self.model, (form(self._problem(n, n)) for n in prompts))
-
-    def _decode(self, keys: Sequence[int]) -> Cost:
+    def _decode(self, keys: Sequence[int]) -> list[Cost]:
         m = self.model
         n_bytes = 2 * sum(keys) * m.H_kv * m.D * ITEM_BYTES[self.dtype]  # k and v, once
-        grows = self.cache == "contiguous"  # read and written once more
-        flops = 4 * sum(keys) * m.H * m.D
-        return _layers(m, [Cost((1 + grows) * n_bytes, grows * n_bytes, flops=flops)])
-
-
-def _layers(model: Model, costs: Iterable[Cost]) -> Cost:
-    total = sum(costs, Cost())
-    n = model.layers
-    return Cost(n * total.hbm_read_bytes, n * total.hbm_write_bytes, flops=n * total.flops)
+        found = [Cost(n_bytes, flops=4 * sum(keys) * m.H * m.D)]
+        if self.cache == "contiguous":
+            found.append(Cost(n_bytes, n_bytes))
+        return found
 
 
 class StaticServer:

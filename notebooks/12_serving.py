@@ -1,0 +1,262 @@
+# %% [markdown]
+# # 12 · Serving
+#
+# **Claim.** A server is fast when many requests share one read of the weights. Attention decides how many fit. We take a well-known
+# case study apart, factor by factor: predicted first, then measured.
+#
+# Before: [11 · Transformers](11_transformers.ipynb). Next: 13 · Hopper.
+
+# %%
+import math
+import warnings
+
+# Before Transformers, which imports Triton, too: flashedu chooses its mode.
+from flashedu.integrations.transformers import register
+
+# Of Transformers' progress bars, which want a widget. Nothing here needs one.
+warnings.filterwarnings("ignore", "IProgress not found")
+
+# %%
+from flashedu import plots
+from flashedu.bench import record as records
+from flashedu.bench.serving import ANSWERS, PROMPTS, TINY_ANSWERS, TINY_PROMPTS
+from flashedu.memory import gpu
+from flashedu.notebook import source, table
+from flashedu.serving import engines
+from flashedu.serving.load import Load, Request, SimulatedClock, WallClock, serve
+from flashedu.serving.plan import MODELS, largest_batch, plan
+from flashedu.serving.simulate import ContinuousServer, Machine, StaticServer
+from flashedu.units import human_bytes, human_seconds
+
+register()
+llama, a100 = MODELS["llama2-7b"], gpu("a100-80")
+
+# %% [markdown]
+# ## The case study
+#
+# An article that many have read ends with a server: Llama 2 with 7 billion parameters on one A100 with 80 GB, texts of up to
+# N = 4096 tokens, answers of at most 512. It was moved from Transformers to **vLLM**, a program made for serving. What was
+# reported:
+#
+# | | before | after |
+# | --- | ---: | ---: |
+# | memory of the card in use | 95% | 40% |
+# | batch | 4 | 16 |
+# | requests a second | 8 | 18.4 |
+# | P99 latency | 2.8 s | 1.2 s |
+#
+# **Latency** is the time from a request's arrival to the last token of its answer. **P99** is the latency that 99 of 100 requests
+# do not exceed. A **batch** is the set of requests that the model works on at a time.
+#
+# The article says what was changed: flash attention and continuous batching. It does not say which of them bought what. 2.3 times
+# the requests: is that attention, is it the cache, is it batching?
+#
+# One law needs no measurement. If `r` requests a second come and go, and each stays `t` seconds, then `r · t` are there at a time
+# (**Little's law**). Predict first: how long does a request stay in the batch, before and after?
+
+# %%
+my_prediction_before_s, my_prediction_after_s = 2.8, 1.2
+
+# %%
+for name, batch, rate in (("before", 4, 8), ("after", 16, 18.4)):
+    print(f"{name}: {batch} / {rate} = {batch / rate:.2f} s in the batch")
+
+# %% [markdown]
+# So a request stayed *longer* in the batch after the move, 0.87 s in place of 0.50 s, and yet P99 fell. The rest of the
+# 2.8 s was spent in the queue. A latency without the queue says nothing about a server, and here most of it was queue.
+#
+# ## What fits
+#
+# Four things share the card: the weights; the **KV cache**, keys and values of all tokens so far; what attention needs while it
+# runs; and what the other layers need. `flashedu plan` computes each, and prints how. The article's server, before. Predict: how much
+# of the card is in use?
+
+# %%
+my_prediction_share = 0.95
+
+# %%
+before = plan(llama, a100, N=4096, B=4, attention="standard", cache="contiguous")
+table({"what": name, "bytes": human_bytes(n)} for name, n in before.parts.items())
+
+# %%
+share = before.peak_bytes / a100.hbm_bytes
+print(f"you said {my_prediction_share:.0%}; it is {share:.0%}")
+print("the cache:", before.kv_cache.by_hand)
+print("attention:", before.moments[0].attention.by_hand)
+
+# %% [markdown]
+# Each term can be recomputed by hand. Standard attention holds S, a copy of it in float32 for the softmax, and P, of one layer at a
+# time: two thirds of what is not weights. And still the card is only half full. The plan counts tensors that live. 95% is what a
+# tool like `nvidia-smi` shows: PyTorch keeps freed memory for later, and a cache that grows by copying leaves many freed pieces
+# behind. We come back to that.
+#
+# Now the changes, one at a time. **Pages** (chapter 10) hold the keys that there are; a contiguous cache is reserved for all
+# 4096. Take texts that are half as long as they may be:
+
+# %%
+flash = before.replace(attention="flash", used=2048)
+pages = flash.replace(cache="pages", step_tokens=8192)
+steps = {"before": before, "flash attention": flash, "and pages": pages}
+table(
+    {
+        "": name,
+        "KV cache": human_bytes(p.kv_cache_bytes),
+        "attention": human_bytes(p.attention_bytes),
+        "peak": human_bytes(p.peak_bytes),
+        "largest batch": largest_batch(p),
+    }
+    for name, p in steps.items()
+)
+
+# %%
+after = pages.replace(B=16)
+fig = plots.card_memory(
+    {"before, batch 4": before.parts, "after, batch 4": pages.parts}
+    | {"after, batch 16": after.parts},
+    a100,
+    "Flash attention frees a third, and four times the batch fits in the same",
+)
+
+# %% [markdown]
+# *Figure 1. The memory of the article's two servers. Flash attention takes what S and P took. Pages halve the cache, as texts are
+# half as long as they may be.*
+#
+# So attention and pages buy *room*: a larger batch. Is a larger batch faster?
+#
+# ## Why batches pay
+#
+# To write one token, the model reads all its weights once, 13 GB, and the keys and values of the text. The arithmetic is
+# small. So a step takes as long as the reading takes. But the weights are read once for *all* requests of the batch. Predict: a step
+# for 16 requests of 1000 keys each takes how many times as long as one for 1 request?
+
+# %%
+my_prediction_times = 16
+
+# %%
+machine = Machine(llama, a100)
+one = machine.decode_s([1000])
+print(f"you said {my_prediction_times}")
+table(
+    {
+        "batch": B,
+        "a step": human_seconds(machine.decode_s([1000] * B)),
+        "times one": f"{machine.decode_s([1000] * B) / one:.2f}",
+        "tokens a second": round(B / machine.decode_s([1000] * B)),
+    }
+    for B in (1, 4, 16, 64)
+)
+
+# %% [markdown]
+# 16 requests take 1.6 times as long as one, and write 10 times as many tokens. This is the roofline of chapter 01 (bytes over
+# bandwidth, or FLOPs over rate, whichever takes longer), and nothing was run. A real engine takes longer than that, never less.
+#
+# And attention? It has its part in the **prefill**, the step that reads the prompt. Predict: how much longer is a prefill with
+# standard attention, at a prompt of 256 tokens, and of 3584?
+
+# %%
+my_prediction_short, my_prediction_long = 1.5, 5.0
+
+# %%
+standard = Machine(llama, a100, attention="standard")
+for n, said in ((256, my_prediction_short), (3584, my_prediction_long)):
+    times = standard.prefill_s([n]) / machine.prefill_s([n])
+    print(f"{n} tokens: you said {said} times; {times:.2f} times")
+
+# %% [markdown]
+# Little. The layers of a 7B model are so large that attention is a small part of a prefill, until texts are long. What
+# flash attention buys *this* server is room, not speed.
+#
+# ## Static and continuous
+#
+# `generate` of Transformers takes a batch, pads it, and returns when the longest answer is done. That is a **static batch**. In a
+# **continuous batch**, a request leaves when it is answered, and the next one takes its place at the next step. Four requests, a
+# batch of 2, answers of 3, 30, 5 and 5 tokens. Predict: how many steps does each take?
+
+# %%
+my_prediction_static, my_prediction_continuous = 43, 22
+
+# %%
+four = [Request(i, 0.0, 10, n) for i, n in enumerate((3, 30, 5, 5))]
+slots = 2
+
+
+def simulated(server, requests, attention="flash", cache="pages", **how):
+    clock = SimulatedClock()
+    machine = Machine(llama, a100, attention, cache)
+    return serve(server(machine, clock, **how), requests, clock)
+
+
+static = simulated(StaticServer, four, cache="contiguous", batch=slots)
+continuous = simulated(ContinuousServer, four, batch=slots, room=1000)
+print(f"static: you said {my_prediction_static}; 30 + 5 = {30 + 5}")
+print(f"continuous: you said {my_prediction_continuous}; {len(continuous.samples)}")
+
+# %% [markdown]
+# The static batch waits for the 30, and then for the 5. In the continuous one, three short answers pass through one place while
+# the long one keeps the other. This is all of it:
+
+# %%
+source(ContinuousServer.step)
+
+# %% [markdown]
+# ## The load
+#
+# Both servers get the same requests: they arrive at random, at a mean rate (a **Poisson process**), and do not wait for
+# each other. Lengths are such as texts have, most short and a few long:
+
+# %%
+load = Load(2.0, 200, PROMPTS, ANSWERS)
+print("prompts:", PROMPTS)
+print("answers:", ANSWERS)
+table(r._asdict() | {"arrival_s": f"{r.arrival_s:.2f}"} for r in load.requests()[:4])
+
+# %%
+few = load.replace(count=60).requests()
+slow = simulated(StaticServer, few, cache="contiguous", batch=4)
+quick = simulated(ContinuousServer, few, batch=16, room=100_000)
+fig = plots.batch_over_time(
+    {"static batches of 4": slow.samples, "continuous, up to 16": quick.samples},
+    "The same requests: one server builds a queue, the other never does",
+)
+
+# %% [markdown]
+# *Figure 2. Two simulated servers on an A100, 2 requests a second. Static batches are full and slow, and the queue grows behind
+# them. The continuous server never has 16 requests at a time: it is done with them too soon.*
+#
+# ## Factor by factor
+#
+# Now the changes of the case study, in their order. How many requests a second can each server answer at most, if all arrive at
+# once? Predict which change buys most.
+
+# %%
+my_prediction = "flash attention"
+
+# %%
+all_at_once = load.replace(rate_per_s=math.inf)
+
+
+def at_most(server, count=200, **how):
+    requests = all_at_once.replace(count=count).requests()
+    return simulated(server, requests, **how).summary()["requests_per_s"]
+
+
+contiguous = dict(server=StaticServer, cache="contiguous")
+paged = dict(server=ContinuousServer, room=100_000)
+predicted = {
+    "static, 4, standard": at_most(attention="standard", batch=4, **contiguous),
+    "static, 4, flash": at_most(batch=4, **contiguous),
+    "static, 16, flash": at_most(batch=16, **contiguous),
+    "continuous, 4": at_most(batch=4, **paged),
+    "continuous, 16": at_most(batch=16, **paged),
+    "continuous, 256": at_most(batch=256, **paged),
+}
+print("you said:", my_prediction)
+table(
+    {"server": name, "requests a second": f"{rate:.2f}"}
+    for name, rate in predicted.items()
+)
+
+# %% [markdown]
+# Standard or flash: no difference. A static batch of 16 is *slower* than one of 4, at these lengths: it pads all prompts to the
+# longest of 16, waits for the longest of 16 answers, and copies its cache to make it grow. What buys most is the continuous
+# batch, with room for 16: that is what pages are for.
