@@ -163,8 +163,8 @@ for n, said in ((256, my_prediction_short), (3584, my_prediction_long)):
     print(f"{n} tokens: you said {said} times; {times:.2f} times")
 
 # %% [markdown]
-# Little. The layers of a 7B model are so large that attention is a small part of a prefill, until texts are long. What
-# flash attention buys *this* server is room, not speed.
+# Little, until texts are long. The layers of a 7B model are so large that attention is a small part of a prefill. What flash
+# attention buys *this* server is room more than speed.
 #
 # ## Static and continuous
 #
@@ -260,3 +260,64 @@ table(
 # Standard or flash: no difference. A static batch of 16 is *slower* than one of 4, at these lengths: it pads all prompts to the
 # longest of 16, waits for the longest of 16 answers, and copies its cache to make it grow. What buys most is the continuous
 # batch, with room for 16: that is what pages are for.
+
+# %% [markdown]
+# ## Real engines, on your machine
+#
+# A simulated clock knows no Python, no launches, no memory allocator. So the same requests go to real **engines**, through the same
+# function `serve`, on the wall clock. First here, with a tiny Llama: `generate` with eager attention and with FlashEdu, and Transformers' own
+# continuous batching, which has a paged cache. Random arrivals, an open load. Do all three write the same tokens?
+
+# %%
+tiny_load = Load(math.inf, 8, TINY_PROMPTS, TINY_ANSWERS)
+model = engines.llama("tiny", "float32", "cpu")
+made = {
+    "static, eager": engines.StaticBatches(model, "eager", WallClock(), batch=4),
+    "static, FlashEdu": engines.StaticBatches(model, "FlashEdu", WallClock(), batch=4),
+}
+served, written = {}, {}
+for name, engine in made.items():
+    served[name] = serve(engine, tiny_load.requests(), engine.clock)
+    written[name] = engine.written
+
+# %%
+engine = engines.ContinuousBatching(model, "sdpa", WallClock(), batch=8, room=2048)
+served["continuous"] = serve(engine, tiny_load.requests(), engine.clock)
+written["continuous"] = engine.written
+engine.close()
+print("the same tokens:", all(x == written["continuous"] for x in written.values()))
+
+# %% tags=["nbval-ignore-output"]
+# Times of this machine.
+table(
+    {"engine": name, "seconds": f"{s.seconds:.2f}", "batch": s.samples[0].running}
+    for name, s in served.items()
+)
+
+# %% [markdown]
+# Continuous batching admits attention by name, and ours is none of the names that it knows (`paged|eager`, `sdpa`, and the packages of
+# flash attention, in Transformers 5.24). So it runs with `sdpa` here. vLLM has a door for others; we come to it.
+#
+# ## As recorded
+#
+# Now a model of Llama 2's size on a GPU, with random weights: a server spends no less time on random words. First the memory. The plan said
+# what would be needed; PyTorch's allocator says what was:
+
+# %%
+measured = records.latest(kind="serving", card="H100")
+print(measured.label)
+print("Transformers", measured.data["transformers"], "and vLLM", measured.data["vllm"])
+
+# %%
+(memory,) = measured.cases("memory")
+table(
+    {
+        "attention": run["attention"],
+        "batch": run["B"],
+        "N": run["N"],
+        "planned": human_bytes(run["planned_prefill_bytes"]),
+        "allocator's peak": human_bytes(run["prefill_bytes"]),
+        "kept by PyTorch": human_bytes(run["reserved_bytes"]),
+    }
+    for run in memory["runs"]
+)

@@ -74,9 +74,9 @@ class StaticBatches:
             from flashedu.integrations.transformers import register
 
             register()
-        model.set_attn_implementation(attention)
         self.clock = clock
-        self._model, self._batch, self._seed = model, batch, seed
+        self._model, self._attention = model, attention  # other engines may share the model
+        self._batch, self._seed = batch, seed
         self._queue: deque[Request] = deque()
         self.forget()
 
@@ -103,6 +103,7 @@ class StaticBatches:
             prompt = prompt_of(request, vocabulary, self._seed)
             row[-request.prompt_tokens :] = torch.tensor(prompt)
         ids = ids.to(self._model.device)
+        self._model.set_attn_implementation(self._attention)
         written = self._model.generate(
             input_ids=ids, attention_mask=(ids != PAD).long(), max_new_tokens=new_tokens,
             min_new_tokens=new_tokens, do_sample=False,
