@@ -88,8 +88,9 @@ def attention_with_lse(
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     few = check and n_tokens == len(lengths) and bool((starts.diff() == 1).all())
+    tables = (x.contiguous() for x in (block_table, lengths, starts))
     step = plan(
-        block_table, lengths, starts, q.shape, k.shape, q.dtype,
+        *tables, q.shape, k.shape, q.dtype,
         few=few, longest=longest, splits=splits,
     )  # fmt: skip
     return forward(q, k, v, step, scale, machine or UNCOUNTED)
@@ -112,7 +113,8 @@ def plan(block_table, lengths, starts, q_shape, k_shape, dtype, *, few, longest,
     """The `Step` of these tables, for any q and k of these shapes and this dtype.
 
     few: whether each sequence has one query. longest: keys of the longest, or a bound. splits: as
-    for `attention`. Nothing waits for the GPU.
+    for `attention`. Nothing waits for the GPU, and no table is copied: a CUDA graph that holds a
+    step reads what they hold when it is replayed.
     """
     (_, H, N, D), (_, H_kv, page_size, _) = q_shape, k_shape
     problem = Problem(
@@ -130,8 +132,7 @@ def plan(block_table, lengths, starts, q_shape, k_shape, dtype, *, few, longest,
     if splits is None:
         splits = splits_for_call(lengths, problem, tile) if few else 1
     tiles = None if few else tiles_of_step(starts, N, tile.block_q // heads)
-    tables = (x.contiguous() for x in (block_table, lengths, starts))
-    return Step(*tables, tiles, problem, page_size, tile, int(splits))
+    return Step(block_table, lengths, starts, tiles, problem, page_size, tile, int(splits))
 
 
 def heads_of_tile(problem):
@@ -161,14 +162,14 @@ def tiles_of_step(starts, n_tokens, tokens):
 @triton.jit
 def paged_varlen_kernel(
     Q, K, V, O, LSE, TABLE, LENGTHS, STARTS, TILES, scale,
-    H_kv, n_tokens, max_pages, n_tiles, splits, D, q_row, q_head, o_row, o_head,
+    H_kv, n_tokens, max_pages, n_tiles, splits, D, table_row, q_row, q_head, o_row, o_head,
     PAGE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     EARLY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of one sequence's queries, over one split of its keys.
 
     Rows of a tile: the heads of a group, HEADS of them (GROUP, rounded up to a power of two), query
-    by query. q_row, q_head, o_row, o_head: strides. LSE, TILES: None if not wanted, or if each
+    by query. table_row, q_row, q_head, o_row, o_head: strides. LSE, TILES: None if not wanted, or if each
     sequence has one query.
     """
     if EARLY:
@@ -212,7 +213,7 @@ def paged_varlen_kernel(
     for MASKED in tl.static_range(2):  # first the tiles that need no mask
         j_first, j_stop = (whole, stop) if MASKED else (start, whole)
         for j in tl.range(j_first, j_stop, BLOCK_K):
-            page = tl.load(TABLE + b.to(tl.int64) * max_pages + j // PAGE)
+            page = tl.load(TABLE + b.to(tl.int64) * table_row + j // PAGE)
             k_j = K.load([page, h, j % PAGE, 0]).reshape(BLOCK_K, COLUMNS)
             v_j = V.load([page, h, j % PAGE, 0]).reshape(BLOCK_K, COLUMNS)
             s_ij = tl.dot(q_i, k_j.T, input_precision="ieee")  # scaled below, with − m
@@ -274,7 +275,7 @@ def attend(q, K, V, o, lse, step, scale, machine=UNCOUNTED):
         paged_varlen_kernel[(n_tiles * p.H_kv * splits,)](
             q, K, V, o_part, lse_part, step.block_table, step.lengths, step.starts, step.tiles,
             scale, p.H_kv, len(o), step.block_table.shape[1], n_tiles, splits, p.D,
-            q.stride(2), q.stride(1), o_part.stride(0), o_head,
+            step.block_table.stride(0), q.stride(2), q.stride(1), o_part.stride(0), o_head,
             PAGE=step.page_size, GROUP=p.group, HEADS=heads_of_tile(p), COLUMNS=columns(p.D),
             EARLY=splits > 1 and triton_mode.starts_early(q),
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,

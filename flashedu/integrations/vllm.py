@@ -1,0 +1,131 @@
+"""FlashEdu in vLLM: the stage `paged_varlen` as its CUSTOM attention backend.
+
+    vllm serve MODEL --attention-backend CUSTOM
+    LLM(model=MODEL, attention_backend="CUSTOM")
+
+vLLM finds FlashEdu by its entry point, `vllm.general_plugins`, where both are installed; `register`
+is what it calls. The backend itself is in `flashedu.integrations.vllm_backend`. What it cannot do
+is refused, with the setting's name, before the first token: sliding windows, ALiBi, attention sinks
+and soft caps, caches of 8 bits, encoders and MLA, context parallelism, …
+
+In vLLM's log, `Using AttentionBackendEnum.CUSTOM backend.` says that it is on, and FlashEdu's own
+line whose CUSTOM it is. `flashedu doctor --vllm` says which backend vLLM picks by itself here.
+
+Tried with vLLM 0.24.0 and 0.33.0.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from dataclasses import dataclass, field
+
+NAME = "CUSTOM"
+BACKEND = "flashedu.integrations.vllm_backend.FlashEduBackend"
+GROUP = "vllm.general_plugins"
+TRIED = ("0.24.0", "0.33.0")
+INSTALL = 'pip install "flashedu[vllm]", in an environment of its own: vLLM pins its torch'
+# What `ask` asks about: attention as in Llama-2-7B.
+EXAMPLE = {"head_size": 128, "num_heads": 32, "dtype": "bfloat16"}
+
+
+class TakenByAnother(UserWarning):
+    """vLLM has one CUSTOM backend, and another plugin has put its own there."""
+
+
+def register() -> None:
+    """Put FlashEdu's backend where vLLM looks for CUSTOM; vLLM calls it by the entry point.
+
+    Calling it again does no harm. Where another plugin was first, it stays, and a warning says so.
+    Raises ImportError, with a sentence, if vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(f"vLLM is not installed: {INSTALL}")
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    custom = AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() != BACKEND:
+        warnings.warn(
+            f"vLLM's CUSTOM attention backend is {custom.get_path()}, of another plugin, and stays "
+            "so: VLLM_PLUGINS=flashedu loads FlashEdu's alone",
+            TakenByAnother,
+            stacklevel=2,
+        )
+        return
+    register_backend(custom, BACKEND)
+
+
+def entry_point_seen() -> bool:
+    """Whether vLLM would find `register`: FlashEdu is installed, not just on the path."""
+    found = importlib.metadata.entry_points(group=GROUP)
+    return any(entry.value == f"{__name__}:register" for entry in found)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What vLLM would pick for `EXAMPLE` here. picked: None if nothing, and `error` says why."""
+
+    version: str
+    platform: str  # as vLLM calls it: "cuda", "cpu", …
+    picked: str | None = None
+    error: str = ""
+    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # before it: name, reasons
+    custom_path: str | None = None  # what CUSTOM is; None if nobody has registered it
+    custom_reasons: tuple[str, ...] = ()  # why CUSTOM cannot be taken; () if it can
+
+
+def ask() -> Choice:
+    """Ask the vLLM that is installed here; imports it. Raises what a broken one raises."""
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()
+    custom = AttentionBackendEnum.CUSTOM
+    path = custom.get_path() if custom.is_overridden() else None
+    platform = current_platform.device_name or "unspecified"
+    if not current_platform.is_cuda():
+        error = "vLLM sees no NVIDIA GPU here, and chooses among its backends for none"
+        return Choice(vllm.__version__, platform, error=error, custom_path=path)
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    asked = AttentionSelectorConfig(
+        head_size=int(EXAMPLE["head_size"]),
+        dtype=getattr(torch, str(EXAMPLE["dtype"])),
+        kv_cache_dtype="auto",
+        block_size=None,
+    )
+    heads = int(EXAMPLE["num_heads"])
+    with set_current_vllm_config(VllmConfig()):
+        capability = current_platform.get_device_capability()
+        valid, invalid = current_platform.get_valid_backends(
+            device_capability=capability, attn_selector_config=asked, num_heads=heads
+        )
+        reasons: list[str] = []
+        if path is not None:
+            reasons = custom.get_class().validate_configuration(
+                device_capability=capability, **asked._asdict()
+            )
+    best = min(valid, key=lambda found: found[-1], default=None)
+    refused = {
+        name.name: tuple(why)
+        for name, (priority, why) in invalid.items()
+        if best is None or priority < best[-1]
+    }
+    return Choice(
+        vllm.__version__, platform, picked=_name(best), refused=refused,
+        error="" if best else "none of its backends can be taken",
+        custom_path=path, custom_reasons=tuple(reasons),
+    )  # fmt: skip
+
+
+def _name(candidate: tuple[object, ...] | None) -> str | None:
+    """Of vLLM's enum member in a candidate, whichever place it has."""
+    if candidate is None:
+        return None
+    return next(str(x.name) for x in candidate if hasattr(x, "name") and hasattr(x, "get_path"))
