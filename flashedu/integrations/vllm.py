@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 NAME = "CUSTOM"
 BACKEND = "flashedu.integrations.vllm_backend.FlashEduBackend"
@@ -64,33 +67,38 @@ def entry_point_seen() -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """What vLLM would pick for `EXAMPLE` here. picked: None if nothing, and `error` says why."""
+    """What vLLM would pick for `EXAMPLE` here."""
 
-    version: str
-    platform: str  # as vLLM calls it: "cuda", "cpu", …
-    picked: str | None = None
-    error: str = ""
+    sees_gpu: bool
+    picked: str | None = None  # by itself
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # before it: name, reasons
     custom_path: str | None = None  # what CUSTOM is; None if nobody has registered it
     custom_reasons: tuple[str, ...] = ()  # why CUSTOM cannot be taken; () if it can
 
 
 def ask() -> Choice:
-    """Ask the vLLM that is installed here; imports it. Raises what a broken one raises."""
+    """Ask the vLLM that is installed here; imports it, and loads its plugins.
+
+    Raises what a broken installation raises.
+    """
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    with mock.patch.dict(os.environ, quiet):
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        custom = AttentionBackendEnum.CUSTOM
+        path = custom.get_path() if custom.is_overridden() else None
+        if not current_platform.is_cuda():
+            return Choice(sees_gpu=False, custom_path=path)
+        return _ask(current_platform, custom if path else None, path)
+
+
+def _ask(platform: Any, custom: Any, path: str | None) -> Choice:
+    """vLLM's own choice on a card, in its own order, and whether CUSTOM could be taken."""
     import torch
-    import vllm
-    from vllm.platforms import current_platform
-    from vllm.plugins import load_general_plugins
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    load_general_plugins()
-    custom = AttentionBackendEnum.CUSTOM
-    path = custom.get_path() if custom.is_overridden() else None
-    platform = current_platform.device_name or "unspecified"
-    if not current_platform.is_cuda():
-        error = "vLLM sees no NVIDIA GPU here, and chooses among its backends for none"
-        return Choice(vllm.__version__, platform, error=error, custom_path=path)
-
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -100,32 +108,20 @@ def ask() -> Choice:
         kv_cache_dtype="auto",
         block_size=None,
     )
-    heads = int(EXAMPLE["num_heads"])
+    capability = platform.get_device_capability()
     with set_current_vllm_config(VllmConfig()):
-        capability = current_platform.get_device_capability()
-        valid, invalid = current_platform.get_valid_backends(
-            device_capability=capability, attn_selector_config=asked, num_heads=heads
+        valid, invalid = platform.get_valid_backends(
+            device_capability=capability, attn_selector_config=asked,
+            num_heads=int(EXAMPLE["num_heads"]),
+        )  # fmt: skip
+        reasons = custom and custom.get_class().validate_configuration(
+            device_capability=capability, **asked._asdict()
         )
-        reasons: list[str] = []
-        if path is not None:
-            reasons = custom.get_class().validate_configuration(
-                device_capability=capability, **asked._asdict()
-            )
-    best = min(valid, key=lambda found: found[-1], default=None)
+    best = min(valid, key=lambda candidate: candidate.priority, default=None)
     refused = {
-        name.name: tuple(why)
-        for name, (priority, why) in invalid.items()
-        if best is None or priority < best[-1]
+        backend.name: tuple(why)
+        for backend, (priority, why) in invalid.items()
+        if best is None or priority < best.priority
     }
-    return Choice(
-        vllm.__version__, platform, picked=_name(best), refused=refused,
-        error="" if best else "none of its backends can be taken",
-        custom_path=path, custom_reasons=tuple(reasons),
-    )  # fmt: skip
-
-
-def _name(candidate: tuple[object, ...] | None) -> str | None:
-    """Of vLLM's enum member in a candidate, whichever place it has."""
-    if candidate is None:
-        return None
-    return next(str(x.name) for x in candidate if hasattr(x, "name") and hasattr(x, "get_path"))
+    picked = None if best is None else best.backend.name
+    return Choice(True, picked, refused, path, tuple(reasons or ()))

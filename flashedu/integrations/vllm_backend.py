@@ -231,7 +231,7 @@ class FlashEduImpl(AttentionImpl[FlashEduMetadata]):
             else kv_cache_dtype,
             "decode_context_parallel_size": _more_than_one(self, "dcp_world_size"),
             "prefill_context_parallel_size": _more_than_one(self, "pcp_world_size"),
-            **{name: value for name, value in more.items() if value not in (None, False)},
+            **{name: None if value is False else value for name, value in more.items()},
         }  # fmt: skip
         for name, value in refused.items():
             if value is not None:
