@@ -13,9 +13,9 @@ from typing import Any
 from flashedu import doctor
 from flashedu.doctor import Facts, Finding
 from flashedu.integrations import vllm as adapter
-from flashedu.integrations.vllm import BACKEND, INSTALL, TRIED, Choice
+from flashedu.integrations.vllm import BACKEND, DTYPE, HEAD_SIZE, HEADS, INSTALL, TRIED, Choice
 
-ASKED = "attention as in Llama-2-7B: 32 heads of size 128, bfloat16"
+ASKED = f"attention as in Llama-2-7B: {HEADS} heads of size {HEAD_SIZE}, {DTYPE}"
 
 
 class NotHere(RuntimeError):

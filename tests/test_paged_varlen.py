@@ -1,4 +1,4 @@
-"""paged_varlen's kernel, interpreted on the CPU: each sequence of a step as a problem of its own."""
+"""paged_varlen's kernel, interpreted: each sequence of a step is a problem of its own."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ BACKEND = "flashedu.integrations.vllm_backend.FlashEduBackend"
 GROUP = "vllm.general_plugins"
 TRIED = ("0.24.0", "0.33.0")
 INSTALL = 'pip install "flashedu[vllm]", in an environment of its own: vLLM pins its torch'
-# What `ask` asks about: attention as in Llama-2-7B.
-EXAMPLE = {"head_size": 128, "num_heads": 32, "dtype": "bfloat16"}
+# What `ask` asks about: attention as in Llama-2-7B. Its cache would be of the same dtype.
+HEADS, HEAD_SIZE, DTYPE = 32, 128, "bfloat16"
 
 
 class TakenByAnother(UserWarning):
@@ -67,7 +67,7 @@ def entry_point_seen() -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """What vLLM would pick for `EXAMPLE` here."""
+    """What vLLM would pick here, for a model of these heads."""
 
     sees_gpu: bool
     picked: str | None = None  # by itself
@@ -99,20 +99,20 @@ def ask() -> Choice:
 def _ask(platform: Any, custom: Any, path: str | None) -> Choice:
     """vLLM's own choice on a card, in its own order, and whether CUSTOM could be taken."""
     import torch
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
     asked = AttentionSelectorConfig(
-        head_size=int(EXAMPLE["head_size"]),
-        dtype=getattr(torch, str(EXAMPLE["dtype"])),
+        head_size=HEAD_SIZE,
+        dtype=getattr(torch, DTYPE),
         kv_cache_dtype="auto",
         block_size=None,
     )
     capability = platform.get_device_capability()
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cuda"))):
         valid, invalid = platform.get_valid_backends(
             device_capability=capability, attn_selector_config=asked,
-            num_heads=int(EXAMPLE["num_heads"]),
+            num_heads=HEADS,
         )  # fmt: skip
         reasons = custom and custom.get_class().validate_configuration(
             device_capability=capability, **asked._asdict()

@@ -44,7 +44,8 @@ DTYPES = "float16 and bfloat16"
 
 # vLLM's reasons, with the setting's name and what would do.
 SENTENCES = {
-    "head_size not supported": f"head_size must be a multiple of 8 up to {MAX_D}, got {{head_size}}",
+    "head_size not supported": f"head_size must be a multiple of 8 up to {MAX_D}, got "
+    "{head_size}",
     "dtype not supported": f"dtype must be one of {DTYPES}, got {{dtype}}",
     "kv_cache_dtype not supported": "kv_cache_dtype must be auto, or the model's dtype, got "
     "{kv_cache_dtype}: FlashEdu reads no cache of 8 bits",
@@ -103,7 +104,11 @@ class FlashEduBackend(AttentionBackend):
         reasons = super().validate_configuration(*args, **settings)
         told = [SENTENCES.get(reason, reason).format_map(_Named(settings)) for reason in reasons]
         cache, dtype = settings.get("kv_cache_dtype"), settings.get("dtype")
-        if cache in ("float16", "bfloat16") and dtype is not None and str(dtype) != f"torch.{cache}":
+        if (
+            cache in ("float16", "bfloat16")
+            and dtype is not None
+            and str(dtype) != f"torch.{cache}"
+        ):
             told.append(f"kv_cache_dtype must be auto, or the model's dtype {dtype}, got {cache}")
         return told
 
@@ -286,9 +291,12 @@ class FlashEduImpl(AttentionImpl[FlashEduMetadata]):
                     f"got {dtype_name(kv_cache)}"
                 )
             k, v = pages_of(kv_cache, self.head_size)
-            self._pages = {  # of this cache only
-                key: tiles for key, tiles in self._pages.items() if key[:2] == which[:2]
-            } | {which: (_in_place(k, block_k), _in_place(v, block_k))}
+            self._pages = (
+                {  # of this cache only
+                    key: tiles for key, tiles in self._pages.items() if key[:2] == which[:2]
+                }
+                | {which: (_in_place(k, block_k), _in_place(v, block_k))}
+            )
         return self._pages[which]
 
 

@@ -88,10 +88,9 @@ def attention_with_lse(
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     few = check and n_tokens == len(lengths) and bool((starts.diff() == 1).all())
-    tables = (x.contiguous() for x in (block_table, lengths, starts))
     step = plan(
-        *tables, q.shape, k.shape, q.dtype,
-        few=few, longest=longest, splits=splits,
+        block_table.contiguous(), lengths.contiguous(), starts.contiguous(),
+        q.shape, k.shape, q.dtype, few=few, longest=longest, splits=splits,
     )  # fmt: skip
     return forward(q, k, v, step, scale, machine or UNCOUNTED)
 
@@ -159,7 +158,11 @@ def tiles_of_step(starts, n_tokens, tokens):
     return torch.stack((sequence, first), 1).to(torch.int32)
 
 
-@triton.jit
+# A server's steps are of all sizes: none of these is compiled for on its own.
+ANY_SIZE = ("n_tokens", "max_pages", "n_tiles", "splits", "table_row")
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
 def paged_varlen_kernel(
     Q, K, V, O, LSE, TABLE, LENGTHS, STARTS, TILES, scale,
     H_kv, n_tokens, max_pages, n_tiles, splits, D, table_row, q_row, q_head, o_row, o_head,
@@ -169,8 +172,8 @@ def paged_varlen_kernel(
     """o and lse of one tile of one sequence's queries, over one split of its keys.
 
     Rows of a tile: the heads of a group, HEADS of them (GROUP, rounded up to a power of two), query
-    by query. table_row, q_row, q_head, o_row, o_head: strides. LSE, TILES: None if not wanted, or if each
-    sequence has one query.
+    by query. table_row, q_row, q_head, o_row, o_head: strides. LSE: None if it is not wanted.
+    TILES: None if each sequence has one query.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
