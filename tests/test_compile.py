@@ -39,6 +39,13 @@ UNITS = {  # of each card, for float16
 }
 NO_PRODUCT = ("delta_kernel", "merge_kernel")
 FEW_ROWS = ("decode_kernel", "paged_kernel")
+
+
+def has_few_rows(found: Compiled) -> bool:
+    single = found.kernel == "paged_varlen_kernel" and found.block_q == 16
+    return found.kernel in FEW_ROWS or single
+
+
 HALF, SINGLE = ("float16",), ("float32",)
 WANTED = [  # compiled by the tests; the record has the rest
     *compiled.cases([(9, 0), (10, 0)], (64, 128), HALF),
@@ -47,11 +54,12 @@ WANTED = [  # compiled by the tests; the record has the rest
     *compiled.cases([(8, 9)], (16, 256), HALF, masks=(False,)),
     *compiled.cases([(9, 0)], (64,), SINGLE, masks=(True,)),
 ]
-# varlen and paged are much like flash2 and decode: one card and size of each here.
+# varlen, paged and paged_varlen are much like flash2 and decode: one card and size of each here.
 WANTED = [
     case
     for case in WANTED
-    if case.stage not in ("varlen", "paged") or (case.capability, case.D) == ((9, 0), 128)
+    if case.stage not in ("varlen", "paged", "paged_varlen")
+    or (case.capability, case.D) == ((9, 0), 128)
 ]
 KERNELS = {
     "flash1": {"forward_kernel"},
@@ -59,6 +67,8 @@ KERNELS = {
     "varlen": {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"},
     "decode": {"decode_kernel", "merge_kernel"},
     "paged": {"paged_kernel", "merge_kernel"},
+    # for prompts, and for single queries
+    "paged_varlen": ("paged_varlen_kernel", "paged_varlen_kernel", "merge_kernel"),
 }
 
 
@@ -93,7 +103,7 @@ def test_float16_uses_the_matrix_units_of_its_card(
     for found in [*kernels, *recorded]:
         if found.case.dtype == "float16" and found.kernel not in NO_PRODUCT:
             units = UNITS[found.case.capability]
-            if found.kernel in FEW_ROWS and units != {None}:
+            if has_few_rows(found) and units != {None}:
                 units = {"mma.sync"}  # the newer units want 64 rows, and its tile has 16
             assert found.matrix_instruction in units, found
 
@@ -108,7 +118,7 @@ def test_tiles_come_while_others_are_used(
         if (
             found.case.dtype == "float16"
             and found.case.stage != "flash1"
-            and found.kernel in ("forward_kernel", "dq_kernel", *FEW_ROWS)
+            and found.kernel in ("forward_kernel", "dq_kernel", "paged_varlen_kernel", *FEW_ROWS)
             and card >= (8, 0)
             and D >= 64  # smaller tiles have less than 16 bytes for each thread
         ):
@@ -139,7 +149,7 @@ def test_decoding_fits_twice_on_an_sm_of_a_hopper_card_and_spills_nothing(
     """As its number of splits takes for granted."""
     for found in kernels:
         case = found.case
-        if found.kernel in FEW_ROWS and (case.capability, case.dtype) == ((9, 0), "float16"):
+        if has_few_rows(found) and (case.capability, case.dtype) == ((9, 0), "float16"):
             assert found.programs_per_sm(gpu("h200")) >= PROGRAMS_PER_SM
             assert found.spilled_bytes == 0
 

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 import flashedu
 from flashedu import ladder
-from flashedu.memory import Machine, Problem, cost
+from flashedu.memory import UNCOUNTED, Machine, Problem, cost
 from flashedu.stages import RUNGS, Rung, online, rung
 from flashedu.stages.reference import Reference
 from flashedu.stages.runs import Runs, everywhere, packed
@@ -344,6 +344,61 @@ def test_decoding_from_pages_is_right(size: int, Nq: int, check: bool) -> None:
         one = (slice(b, b + 1),)
         inputs = q[one], k[one][:, :, :n], v[one][:, :, :n]
         assert_right(Reference(o[one], lse[one]), *inputs, causal=True)
+
+
+STEPS = {  # queries and keys of each sequence
+    "prompts and tokens": [(1, 4097), (1, 16), (300, 300), (77, 1000), (0, 20), (1, 1), (130, 129)],
+    "tokens": [(1, 20_000), (1, 1), (1, 0), (1, 4097)],
+    "one token": [(1, 20_000)],
+    "a prompt": [(2000, 2000)],
+}
+
+
+@pytest.mark.parametrize("sizes", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("heads", [(32, 32), (16, 2), (28, 4)])
+@pytest.mark.parametrize(("size", "D"), [(16, 128), (64, 128), (64, 80), (256, 64)])
+def test_a_step_of_a_server_is_right(
+    sizes: list[tuple[int, int]], heads: tuple[int, int], size: int, D: int
+) -> None:
+    from flashedu.stages import paged_varlen
+
+    queries, keys = [n for n, _ in sizes], [n for _, n in sizes]
+    p = Problem(B=len(sizes), H=heads[0], H_kv=heads[1], Nq=1, Nk=max(keys), D=D, dtype="bfloat16")
+    _, k, v, _ = (x.cuda() for x in draw(p, "peaked", framework="torch"))
+    q = draw(p.replace(B=1, Nq=sum(queries), Nk=1), "peaked", framework="torch")[0].cuda()
+    (k_pages, table), (v_pages, _) = (pages_of(x, keys, size) for x in (k, v))
+    starts = [sum(queries[:b]) for b in range(len(sizes) + 1)]
+    tables = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (keys, starts))
+    o, lse = paged_varlen.attention_with_lse(q, k_pages, v_pages, table, *tables)
+    for b, n in enumerate(keys):
+        mine = slice(starts[b], starts[b + 1])
+        inputs = q[:, :, mine], k[b : b + 1, :, :n], v[b : b + 1, :, :n]
+        assert_right(Reference(o[:, :, mine], lse[:, :, mine]), *inputs, causal=True)
+
+
+def test_a_cuda_graph_replays_a_step_of_other_tables() -> None:
+    """As vLLM does: the tables are changed in place, and sequences without a key fill a step up."""
+    from flashedu.stages import paged_varlen
+
+    q, k, v = cache(3, 1, 5000)
+    (k_pages, table), (v_pages, _) = (pages_of(x, [5000] * 3, 64) for x in (k, v))
+    lengths = torch.ones(3, dtype=torch.int32, device="cuda")
+    q = q.transpose(0, 2).contiguous()
+    starts = torch.arange(4, dtype=torch.int32, device="cuda")
+    sizes = q.shape, k_pages.shape, q.dtype
+    step = paged_varlen.plan(table, lengths, starts, *sizes, few=True, longest=5000)
+    call = (q, k_pages, v_pages, step, 0.1, UNCOUNTED)
+    paged_varlen.forward(*call)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = paged_varlen.forward(*call)
+    lengths.copy_(torch.tensor([4999, 70, 0]))
+    table.copy_(table.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, paged_varlen.forward(*call)[0])
+    assert not o[:, :, 2].any()
+    assert o[:, :, 0].any()
 
 
 def test_a_cuda_graph_replays_paged_decoding_of_other_lengths() -> None:

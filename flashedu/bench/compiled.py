@@ -246,6 +246,24 @@ def _launch_paged(q: Any, problem: Problem, tiles: Any) -> None:
     paged.forward(q[:, :, -1:], kv, kv, table, lengths, p, 1.0, UNCOUNTED, tile, 64)
 
 
+def _launch_paged_varlen(q: Any, problem: Problem, tiles: Any) -> None:
+    """Prompts, and then one query a sequence, from pages of 64 keys: four heads a key head."""
+    import torch
+
+    from flashedu.stages import paged_varlen
+
+    (B, H, N, D), page = q.shape, 64
+    kv = q.new_empty(N // page, H // 4, page, D)
+    for few, rows in ((False, q[:1]), (True, q[:1, :, :B])):
+        table = q.new_empty(B, N // page, dtype=torch.int32)
+        lengths, starts = (q.new_empty(n, dtype=torch.int32) for n in (B, B + 1))
+        step = paged_varlen.plan(
+            table, lengths, starts, rows.shape, kv.shape, q.dtype,
+            few=few, longest=N, splits=8 if few else 1,
+        )  # fmt: skip
+        paged_varlen.forward(rows, kv, kv, step, 1.0, UNCOUNTED)
+
+
 # stage → what launches all its kernels; q is also k and v
 LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "flash1": _launch_flash1,
@@ -253,6 +271,7 @@ LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "varlen": _launch_varlen,
     "decode": _launch_decode,
     "paged": _launch_paged,
+    "paged_varlen": _launch_paged_varlen,
 }
 
 

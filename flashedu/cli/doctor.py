@@ -21,13 +21,21 @@ MODEL = "A folder with a config.json, a name in the Hub cache, or a type or clas
 
 def doctor(
     model: Annotated[str | None, typer.Option(help=MODEL, metavar="NAME_OR_PATH")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Which backend vLLM picks here.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what this machine has, what is wrong with it, and what to do.
 
     Exit code 1 if the course cannot run here. With --model: whether attn_implementation takes
     effect in it, and what is in the way of flash_attention_2 here. Exit code 1 if it takes none.
+    With --vllm: which attention backend the installed vLLM picks here, and why, and whether it can
+    take FlashEdu's. Exit code 1 if it cannot.
     """
+    if vllm and model is not None:
+        raise Refused("flashedu doctor: --model and --vllm are two questions: ask one at a time")
+    if vllm:
+        _doctor_of_vllm(as_json)
+        return
     if model is not None:
         _doctor_of_a_model(model, as_json)
         return
@@ -58,6 +66,24 @@ def _doctor_of_a_model(name: str, as_json: bool) -> None:
     else:
         print_parts(_model_report(model, findings))
     if not checks.takes_effect(model):
+        raise typer.Exit(1)
+
+
+def _doctor_of_vllm(as_json: bool) -> None:
+    from rich.text import Text
+
+    from flashedu import doctor_vllm as checks
+
+    try:
+        ((machine, vllm),) = with_status((checks.look() for _ in range(1)), "asking vLLM")
+    except checks.NotHere as error:
+        raise Stopped(f"flashedu doctor: {error}") from None
+    findings = checks.diagnose(machine, vllm)
+    if as_json:
+        write_json(checks.as_dict(machine, vllm, findings))
+    else:
+        print_parts((_table(findings), Text(checks.summary(findings, vllm), "bold")))
+    if any(finding.blocks for finding in findings):
         raise typer.Exit(1)
 
 

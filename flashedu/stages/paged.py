@@ -62,7 +62,7 @@ def attention_with_lse(
     q, k, v, block_table, lengths, *, scale=None, splits=None, check=True, machine=None
 ):
     """As `attention`; returns o and lse, (B, H, Nq), float32, −inf where a query sees no key."""
-    _check_shapes(q, k, v, block_table, lengths)
+    check_shapes("paged", q, k, v, {"block_table": (block_table, 2), "lengths": (lengths, 1)})
     scale = check_scale(scale, q.shape[3])
     if splits is not None:
         check_splits(splits)
@@ -70,7 +70,7 @@ def attention_with_lse(
     refuse_gradients("paged", q, k, v)
     longest = block_table.shape[1] * k.shape[2]
     if check:
-        longest = _check_contents(block_table, lengths, n_pages=k.shape[0], page_size=k.shape[2])
+        longest = check_contents(block_table, lengths, n_pages=k.shape[0], page_size=k.shape[2])
     if machine is not None:
         k, v = k.clone(), v.clone()  # told apart by their addresses, also if k is v
     (B, H, Nq, D), H_kv = q.shape, k.shape[1]
@@ -176,9 +176,11 @@ def forward(q, k, v, block_table, lengths, problem, scale, machine, tile, splits
 # what does not fit
 
 
-def _check_shapes(q, k, v, block_table, lengths):
+def check_shapes(stage, q, k, v, tables):
+    """tables: by its name, each table and how many dimensions it must have. The sequences are as
+    many as batches of q, or of lengths where queries are packed: then starts has one more."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_array("paged", "torch", DTYPES, name, x)
+        check_array(stage, "torch", DTYPES, name, x)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             wanted = dtype_name(q)
@@ -197,20 +199,26 @@ def _check_shapes(q, k, v, block_table, lengths):
             f"k must have pages of 16, 32, 64 … keys, (n_pages, H_kv, page_size, D), got "
             f"page_size={page_size}"
         )
-    for name, x, ndim in (("block_table", block_table, 2), ("lengths", lengths, 1)):
+    packed = "starts" in tables
+    if packed and B != 1:
+        raise ValueError(f"q must be (1, H, N, D), all queries in a row, got {tuple(q.shape)}")
+    for name, (x, ndim) in tables.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
         if x.dtype != torch.int32:
             raise TypeError(f"{name} must have the dtype int32, got {dtype_name(x)}")
-        if x.ndim != ndim or x.shape[0] != B:
-            wanted = "(B, max_pages)" if ndim == 2 else "(B,)"
+        if packed and name == "block_table" and x.ndim == ndim:
+            B = x.shape[0]
+        wanted = "(B, max_pages)" if ndim == 2 else "(B + 1,)" if name == "starts" else "(B,)"
+        if x.ndim != ndim or x.shape[0] != B + (name == "starts"):
             raise ValueError(f"{name} must be {wanted} with B={B}, got shape {tuple(x.shape)}")
-    for name, x in (("k", k), ("v", v), ("block_table", block_table), ("lengths", lengths)):
+    devices = {"k": k, "v": v} | {name: x for name, (x, _) in tables.items()}
+    for name, x in devices.items():
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-def _check_contents(block_table, lengths, *, n_pages, page_size):
+def check_contents(block_table, lengths, *, n_pages, page_size):
     """The greatest length."""
     table, lengths = block_table.cpu(), lengths.cpu()
     room = table.shape[1] * page_size
