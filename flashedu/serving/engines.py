@@ -214,8 +214,6 @@ class ContinuousBatching(_Continuous):
 class VLLM(_Continuous):
     """vLLM in this process, with random weights that it makes itself."""
 
-    page_size = 16
-
     def __init__(
         self, shape: str, attention: str, clock: Clock, *, batch: int, dtype: str = "bfloat16",
         memory: float = 0.9, seed: int = 0, **options: Any,
@@ -238,8 +236,9 @@ class VLLM(_Continuous):
         self._engine = LLM(
             model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
             attention_backend=attention, max_num_seqs=batch, gpu_memory_utilization=memory,
-            seed=seed, **{"enable_prefix_caching": False, "block_size": self.page_size, **options},
+            seed=seed, **{"enable_prefix_caching": False, **options},
         ).llm_engine  # fmt: skip
+        self.page_size = self._engine.vllm_config.cache_config.block_size
         self._running: set[int] = set()
 
     def add(self, request: Request) -> None:
