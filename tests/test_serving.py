@@ -312,7 +312,7 @@ def test_an_engine_that_fails_costs_no_other_its_measurement(tmp_path, monkeypat
     def fails(*args, **kwargs):
         raise RuntimeError("no card")
 
-    monkeypatch.setattr(engines, "VLLM", fails)
+    monkeypatch.setattr(engines, "vllm_engine", fails)
     monkeypatch.setitem(engines.SHAPES, "tiny", engines.SHAPES["tiny"] | {"num_hidden_layers": 1})
     runs = serving.plan("tiny", [("vllm-flash", math.inf, 3), ("eager-4", math.inf, 3)])
     job = {"shape": "tiny", "dtype": "float32", "device": "cpu",

@@ -214,53 +214,68 @@ class ContinuousBatching(_Continuous):
 class VLLM(_Continuous):
     """vLLM in this process, with random weights that it makes itself."""
 
-    def __init__(
-        self, shape: str, attention: str, clock: Clock, *, batch: int, dtype: str = "bfloat16",
-        memory: float = 0.9, seed: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        """`memory`: the part of the card that it may take. `options`: of `vllm.LLM`."""
-        os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1"
-        )
-        from vllm import LLM
-
-        config = SHAPES[shape]
-        super().__init__(clock, config["vocab_size"], seed)
-        folder = Path(tempfile.mkdtemp())
-        config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": dtype,
-            "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None, **config,
-        }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config))
-        self._engine = LLM(
-            model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
-            attention_backend=attention, max_num_seqs=batch, gpu_memory_utilization=memory,
-            seed=seed, **{"enable_prefix_caching": False, **options},
-        ).llm_engine  # fmt: skip
-        self.page_size = self._engine.vllm_config.cache_config.block_size
-        self._running: set[int] = set()
+    def __init__(self, engine: Any, clock: Clock, *, batch: int, seed: int = 0) -> None:
+        """`engine`: what `vllm_engine` made; several may share it. `batch`: the most at a time."""
+        vocabulary = engine.vllm_config.model_config.get_vocab_size()
+        super().__init__(clock, vocabulary, seed)
+        self._engine, self._batch = engine, batch
+        self.page_size = engine.vllm_config.cache_config.block_size
+        self._queue: deque[Request] = deque()
+        self._inside: set[int] = set()
 
     def add(self, request: Request) -> None:
-        """Hand a request to the engine."""
+        """Take a request into the queue."""
+        self._queue.append(request)
+
+    def step(self) -> Iterable[Token]:
+        """One step of the engine: a token for each request in the batch, or a part of a prompt."""
+        while self._queue and len(self._inside) < self._batch:
+            self._submit(self._queue.popleft())
+        tokens, ended = [], []
+        for output in self._engine.step():
+            number = int(output.request_id)
+            tokens += self._came(number, output.outputs[0].token_ids)
+            ended += [number] * output.finished
+        self._hold(n for n in self._inside if self.written[n])
+        self._inside.difference_update(ended)
+        return tokens
+
+    def _submit(self, request: Request) -> None:
         from vllm import SamplingParams
 
         new = request.new_tokens
         how = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
         prompt = {"prompt_token_ids": self._prompt(request)}
         self._engine.add_request(str(request.number), prompt, how)
-
-    def step(self) -> Iterable[Token]:
-        """One step of the engine: a token for each request in the batch."""
-        tokens = []
-        for output in self._engine.step():
-            number = int(output.request_id)
-            self._running.add(number)
-            tokens += self._came(number, output.outputs[0].token_ids)
-            if output.finished:
-                self._running.discard(number)
-        self._hold(self._running)
-        return tokens
+        self._inside.add(request.number)
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def vllm_engine(
+    shape: str, attention: str, *, batch: int = 256, dtype: str = "bfloat16", memory: float = 0.9,
+    seed: int = 0, **options: Any,
+) -> Any:  # fmt: skip
+    """vLLM's engine for a Llama of one of SHAPES, with random weights.
+
+    attention: the name of a backend. memory: the part of the card that it may take. options: of
+    `vllm.LLM`; prefix caching is off if they do not say otherwise.
+    """
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1"
+    )
+    from vllm import LLM
+
+    folder = Path(tempfile.mkdtemp())
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": dtype,
+        "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None, **SHAPES[shape],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return LLM(
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
+        attention_backend=attention, max_num_seqs=batch, gpu_memory_utilization=memory,
+        seed=seed, **{"enable_prefix_caching": False, **options},
+    ).llm_engine  # fmt: skip
