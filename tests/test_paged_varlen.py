@@ -255,7 +255,7 @@ def test_a_mistake_is_caught(old: str, new: str) -> None:
 
 
 def assert_right_with_few_and_with_many_queries(module: Any) -> None:
-    for sizes in ([(1, 97), (1, 150), (1, 33)], [(3, 97), (1, 64), (34, 100)]):
+    for sizes in ([(1, 97), (1, 150), (1, 33)], [(3, 97), (1, 64), (40, 130)]):
         made = step(sizes, page_size=64)
         assert_each_right(made, call(made, module, splits=2))
 

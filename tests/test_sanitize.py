@@ -119,11 +119,15 @@ def test_all_kernels_are_launched_with_right_input_and_all_tables_and_runs_with_
     wanted = sanitize.plan()
     assert {case.peer for case in wanted if case.astray is None} == {
         "flash1", "flash2", "varlen", "decode", "decode, runs",
-        "paged-16", "paged-64", "paged-256",
+        "paged-16", "paged-64", "paged-256", "paged_varlen",
     }  # fmt: skip
     astray = {(case.peer, case.astray) for case in wanted if case.astray}
     assert astray == {
-        *((peer, wrong) for peer in ("paged-16", "paged-64") for wrong in sanitize.TABLES),
+        *(
+            (peer, wrong)
+            for peer in ("paged-16", "paged-64", "paged_varlen")
+            for wrong in sanitize.TABLES
+        ),
         *((peer, wrong) for peer in ("varlen", "decode, runs") for wrong in sanitize.RUNS),
     }
     for case in wanted:
@@ -161,7 +165,7 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compi
 
 
 @ON_CPU
-@pytest.mark.parametrize("peer", ["varlen", "decode, runs", "paged-64"])
+@pytest.mark.parametrize("peer", ["varlen", "decode, runs", "paged-64", "paged_varlen"])
 def test_a_right_input_gives_a_right_result(peer):
     assert sanitize.run_one(of(peer)) == "ran"
 

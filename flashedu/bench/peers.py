@@ -139,10 +139,10 @@ def _paged(page_size: int) -> Peer:
             check=False,  # as an engine, which made the table itself
         )
 
-    return Peer(f"paged-{page_size}", prepare, backward=False, layout=_in_pages(page_size))
+    return Peer(f"paged-{page_size}", prepare, backward=False, layout=in_pages(page_size))
 
 
-def _in_pages(page_size: int) -> Callable[[Case, Sequence[Any]], Layout]:
+def in_pages(page_size: int) -> Callable[[Case, Sequence[Any]], Layout]:
     def layout(case: Case, inputs: Sequence[Any]) -> Layout:
         """k and v in pages, (n_pages, H_kv, page_size, D), which lie in any order."""
         p, (q, k, v, do) = case.problem, inputs

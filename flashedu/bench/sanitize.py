@@ -48,6 +48,7 @@ COMMON = (
 TENSOR_OPS = "--check-tensor-ops"  # also what a descriptor moves; older tools do not know it
 FAR = 2**31 - 1
 LENGTHS = (5, 67, 1, 58)
+STEP = "paged_varlen"
 
 
 class Unreadable(RuntimeError):
@@ -98,6 +99,8 @@ def _right() -> Iterator[Case]:
             yield Case(peer, cases.Case("", p.replace(Nq=Nq), "fwd", (peer,)))
         for peer, Nq in (("paged-16", 1), ("paged-64", 3), ("paged-256", 67)) if causal else ():
             yield Case(peer, cases.Case("", p.replace(Nq=Nq), "fwd", (peer,)))
+        for Nq in (1, 67) if causal else ():
+            yield Case(STEP, cases.Case("", p.replace(Nq=Nq), "fwd", (STEP,)))
 
 
 def _put(x: Any, index: Any, value: int) -> Any:
@@ -139,13 +142,37 @@ def _decode_with_runs() -> peers.Peer:
     return peers.Peer("decode, runs", prepare, backward=False, layout=layout)
 
 
-LAUNCHED = {peer.name: peer for peer in (*peers.ATTENTIONS, _decode_with_runs())}
+def _step() -> peers.Peer:
+    """paged_varlen, on the queries of all sequences in a row."""
+
+    def prepare(p: Problem, device: str) -> peers.Attention:
+        import torch
+
+        from flashedu.memory import UNCOUNTED
+        from flashedu.stages import paged_varlen
+
+        starts = p.Nq * torch.arange(p.B + 1, dtype=torch.int32, device=device)
+
+        def attention(q: Any, k: Any, v: Any, table: Any, lengths: Any) -> Any:
+            q = q.transpose(0, 1).flatten(1, 2)[None]
+            sizes = q.shape, k.shape, q.dtype
+            few, room = p.Nq == 1, table.shape[1] * k.shape[2]
+            step = paged_varlen.plan(table, lengths, starts, *sizes, few=few, longest=room)
+            o = paged_varlen.forward(q, k, v, step, p.D**-0.5, UNCOUNTED)[0]
+            return o[0].unflatten(1, (p.B, p.Nq)).transpose(0, 1)
+
+        return attention
+
+    return peers.Peer(STEP, prepare, backward=False, layout=peers.in_pages(64))
+
+
+LAUNCHED = {peer.name: peer for peer in (*peers.ATTENTIONS, _decode_with_runs(), _step())}
 
 
 def _astray() -> Iterator[Case]:
     p = Problem(B=2, H=4, H_kv=2, Nq=1, Nk=131, D=24, dtype="float16", causal=True)
     for astray in TABLES:
-        for peer, Nq in (("paged-16", 1), ("paged-64", 67)):
+        for peer, Nq in (("paged-16", 1), ("paged-64", 67), (STEP, 1), (STEP, 67)):
             yield Case(peer, cases.Case("", p.replace(Nq=Nq), "fwd", (peer,)), astray)
     packed = p.replace(B=1, Nq=sum(LENGTHS), Nk=sum(LENGTHS))
     for astray in RUNS:
