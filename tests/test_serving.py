@@ -333,5 +333,7 @@ def test_a_record_of_serving_reads_back(tmp_path) -> None:
     writer = record.Writer(tmp_path / "serving.json", head)
     writer.add(case)
     found = record.load(tmp_path / "serving.json")
-    (again,) = found.cases("serving")
-    assert serving._load(again["load"]) == run.load
+    ((load, again),) = serving.runs_of(found, "eager-4")
+    assert load == run.load
+    assert again == case["runs"][0]
+    assert serving.runs_of(found, "eager-4", 2.0) == serving.runs_of(found, "sdpa-4") == []

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flashedu.bench.record import Record
 from flashedu.bench.run import OnCase, sentence
 from flashedu.serving.load import Lengths, Load, Sample, WallClock, serve
 from flashedu.serving.plan import MODELS
@@ -160,6 +161,26 @@ def _head(run: Run) -> dict[str, Any]:
             "batch": engine.batch, "repeat": run.repeat, "why": None}  # fmt: skip
 
 
+def runs_of(
+    record: Record, peer: str, rate_per_s: float = INF
+) -> list[tuple[Load, dict[str, Any]]]:
+    """The runs of an engine at a rate, repeats and all, each with its load."""
+    return [
+        (load, run)
+        for case in record.cases("serving")
+        if (load := load_of(case["load"])).rate_per_s == rate_per_s
+        for run in case["runs"]
+        if run["peer"] == peer and run["why"] is None
+    ]
+
+
+def load_of(recorded: dict[str, Any]) -> Load:
+    """The load of a case."""
+    lengths = {name: Lengths(**recorded[name]) for name in ("prompt", "output")}
+    rate = recorded["rate_per_s"]
+    return Load(**recorded | lengths | {"rate_per_s": INF if rate is None else rate})
+
+
 def provenance() -> dict[str, Any]:
     """Versions of the engines."""
     packages = ("transformers", "vllm")
@@ -194,7 +215,7 @@ def run_all(job: dict[str, Any], out: Path) -> None:
     models: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
     for number, name, of_load in job["runs"]:
-        load = _load(of_load)
+        load = load_of(of_load)
         try:
             if name not in loaded:
                 for engine in loaded.values():
@@ -265,14 +286,6 @@ def digest(written: dict[int, list[int]]) -> str:
 
     text = json.dumps(sorted(written.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _load(of_load: dict[str, Any]) -> Load:
-    rate = of_load["rate_per_s"]
-    lengths = {name: Lengths(**of_load[name]) for name in ("prompt", "output")}
-    return Load(
-        math.inf if rate is None else rate, of_load["count"], seed=of_load["seed"], **lengths
-    )
 
 
 if __name__ == "__main__":
