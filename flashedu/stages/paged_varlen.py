@@ -124,6 +124,8 @@ def plan(block_table, lengths, starts, q_shape, k_shape, dtype, *, few, longest,
     sizes = capability, columns(D), dtype.itemsize
     if few:
         tile = in_pages(tile_for(*sizes, heads), page_size, capability)
+        if columns(D) * dtype.itemsize > 512:  # with 4 it spills most
+            tile = tile._replace(warps=8)
     else:
         tile = tiles_for(*sizes, causal=True, N=longest).forward
         tile = tile._replace(block_k=min(tile.block_k, page_size, 64), stages=tile.stages + 1)
