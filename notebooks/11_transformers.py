@@ -4,7 +4,7 @@
 # **Claim.** One argument turns our kernels on in a real model, and the same tokens come out. A model can ignore that
 # argument without a word. So we count calls.
 #
-# Before: [10 · Decode](10_decode.ipynb). Next: 12 · Serving.
+# Before: [10 · Decode](10_decode.ipynb). Next: [12 · Serving](12_serving.ipynb).
 
 # %%
 import warnings
@@ -679,7 +679,7 @@ fig = plots.losses(curves, bound, "Trained with FlashEdu or with eager: one curv
 #
 # **Every usual mask is two numbers a query. With them one argument turns the kernels of this course on in a real model, padded,
 # packed, cached or in chunks, and the tokens are those of eager. Whether it is on is not what the config says. Count the calls.**
-# What is still slow: one request at a time, on a server that many want to use. That is chapter 12, still to be written.
+# What is still slow: one request at a time, on a server that many want to use. That is [chapter 12](12_serving.ipynb).
 #
 # ## Exercises
 #
