@@ -362,3 +362,146 @@ for name, (peer, attention, how) in ladder.items():
 
 # %%
 fig = plots.factors(rates, "What each change is worth: predicted, and measured")
+
+# %% [markdown]
+# *Figure 3. Requests a second, all arriving at once. A prediction is what no engine can beat on this card; each bar has its ratio to
+# the one above.*
+#
+# TEXT-A
+#
+# ## How long users wait
+#
+# Now requests that arrive at random. The server of before gets one every two seconds, as it can do no more than one a second; vLLM
+# gets 18.4 a second, the article's rate after the move:
+
+# %%
+_, calm = runs_of(measured, "eager-4", 0.5)[0]
+_, busy = runs_of(measured, "vllm-flash", 18.4)[0]
+fig = plots.waiting_times(
+    {
+        "before: static, 4, 0.5 a second": calm["latencies_s"],
+        "after: vLLM, 18.4 a second": busy["latencies_s"],
+    },
+    "37 times the requests, and users wait a fraction",
+)
+
+# %% [markdown]
+# *Figure 4. Latency from arrival, in order of size. The dots are P50 and P99.*
+
+# %%
+fig = plots.batch_over_time(
+    {
+        "before: static, 4, 0.5 a second": calm["samples"],
+        "after: vLLM, 18.4 a second": busy["samples"],
+    },
+    "A static batch makes a queue at half its rate",
+)
+
+# %% [markdown]
+# *Figure 5. The same two runs. Only the second uses the room that it has.*
+#
+# ## Your kernel in vLLM
+#
+# vLLM reads keys from pages, through a block table, as chapter 10 did. Its steps mix prompts and single tokens: so our kernel for it,
+# `paged_varlen`, is chapter 10's `paged` with chapter 11's queries, packed one behind another. vLLM has one backend that is called
+# `CUSTOM`, and a program can put its own there. That is all that `flashedu.integrations.vllm` does, and what a server needs is an option:
+#
+# ```
+# vllm serve MODEL --attention-backend CUSTOM
+# ```
+#
+# Is it right? 200 prompts of mixed lengths, greedy, with each of vLLM's backends and with ours:
+
+# %%
+CELL_TOKENS = 1
+
+# %% [markdown]
+# TEXT-B
+#
+# And is it fast? The same load, all at once, twice for each:
+
+# %%
+flash_rate = runs_of(measured, "vllm-flash")[0][1]["output_tokens_per_s"]
+rows = []
+for peer in ("vllm-flash", "vllm-triton", "vllm-flashedu"):
+    both = [run["output_tokens_per_s"] for _, run in runs_of(measured, peer)]
+    cells = {f"run {i + 1}": round(x) for i, x in enumerate(both)}
+    rows.append(
+        {"backend": peer, **cells, "to vllm-flash": f"{max(both) / flash_rate:.2f}"}
+    )
+table(rows)
+
+# %% [markdown]
+# TEXT-C
+#
+# ## What the article's numbers are
+#
+# | what was reported | what we find |
+# | --- | --- |
+# | 95% → 40% of memory | 50% of the card lives in tensors before; the rest is memory that PyTorch keeps. vLLM takes what it is told to take, whatever it needs: 40% is a setting (`--gpu-memory-utilization 0.4`), and fits 16 texts of half the length |
+# | batch 4 → 16 | flash attention and pages have room for 61 |
+# | 8 → 18.4 requests a second | TEXT-D |
+# | P99 2.8 → 1.2 s | most of 2.8 s was queue: Little's law leaves 0.5 s in the batch |
+# | thanks to flash attention | attention gives the room; the batch gives the speed |
+#
+# Our load is not theirs, which is not known: how long their prompts and answers were, and how requests arrived. Our card is not
+# theirs either. So compare factors, not times.
+#
+# ## In your own server
+#
+# - **vLLM** picks a backend by itself, and its log says which: `Using AttentionBackendEnum.FLASH_ATTN backend.` Look for that line.
+#   `flashedu doctor --vllm` says what it would be on your machine, and why the others are not.
+# - **How much memory**: `flashedu plan --model FOLDER --gpu h100 --n 4096 --batch 16 --attention flash --cache pages`. What is left
+#   is cache, and cache is batch.
+# - **In Transformers**, `attn_implementation` (chapter 11) turns flash attention on, and `generate_batch` is its continuous
+#   batching. With `generate`, requests wait for one another whatever the attention is.
+# - **Measure with an open load**, from arrival, and look at P99. A closed loop of one client shows no queue.
+#
+# ## Takeaway
+#
+# **One read of the weights serves the whole batch, so throughput is batch. Flash attention and pages make room for a batch, and
+# continuous batching keeps it full. Of the case study's factor, attention's own speed is the smallest part.**
+# What is still slow: the kernel itself. On this generation of GPUs it can be half as fast again, with warps that do different
+# things. That is chapter 13, still to be written.
+#
+# ## Exercises
+#
+# **1.** A server answers 20 requests a second, and each stays 1.5 s from arrival to the end. How many are there at a time? It runs 16 at
+# a time: how long does a request wait in the queue?
+#
+# <details><summary>Answer</summary>
+#
+# 20 · 1.5 = 30 requests, of which 14 wait. By the same law they wait 14 / 20 = 0.7 s.
+# </details>
+#
+# **2.** How many tokens a second can an A100 write at most with this model, for one request, however good its kernels are? And how many
+# with 16-bit weights turned into 4-bit ones?
+#
+# <details><summary>Answer</summary>
+#
+# A step reads 13.2 GB of weights: 2039 / 13.2 = 154 a second. With 4 bits it reads a fourth, so about 600. This is why people
+# quantize weights for a batch of one, and why it gains little for a batch of 256, where arithmetic is the limit.
+# </details>
+#
+# **3.** With GQA, Llama 3 8B has 8 key heads in place of 32. How many times as many texts of 4096 keys fit beside its weights? Use
+# `plan` with `MODELS["llama3-8b"]`.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# for name in ("llama2-7b", "llama3-8b"):
+#     p = plan(MODELS[name], a100, N=4096, B=1, attention="flash", cache="pages", step_tokens=8192)
+#     print(name, largest_batch(p))
+# ```
+#
+# A key takes a fourth of the bytes; the weights are somewhat larger. About four times as many.
+# </details>
+#
+# **4.** Make the answers all of one length (`Lengths(64, 0.0, 4, 512)`), and let both simulated servers run again. What is left of the
+# continuous server's advantage, and why?
+#
+# <details><summary>Answer</summary>
+#
+# A static batch then loses nothing to its longest answer. What is left is the padding of prompts, the copying of the cache, and that a
+# place stays empty until the whole batch is done.
+# </details>

@@ -429,3 +429,13 @@ def test_a_built_in_plan_needs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_cap_on_a_step_stays_when_the_batch_grows() -> None:
+    """Also where the batch that it was stated for is smaller than the cap."""
+    small, large = (
+        plan(MODELS["llama3-8b"], A100, N=4096, B=B, attention="flash", cache="pages",
+             step_tokens=8192) for B in (1, 16)
+    )  # fmt: skip
+    assert small.replace(B=16) == large
+    assert largest_batch(small) == largest_batch(large) > 100

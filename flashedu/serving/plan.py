@@ -153,7 +153,7 @@ class Plan:
     dtype: str
     memory: float
     used: int
-    step_tokens: int
+    step_tokens: int | None  # the most of a step of the prefill; None: all of the batch
     weights: Term
     kv_cache: Term
     moments: tuple[Moment, ...]
@@ -241,10 +241,7 @@ class Plan:
         """The plan with some arguments changed."""
         names = ("model", "gpu", "N", "B", "attention", "cache", "page_size", "dtype", "memory",
                  "used", "step_tokens")  # fmt: skip
-        given = {name: getattr(self, name) for name in names}
-        if self.step_tokens == self.B * self.N:  # all of the batch, whatever its size
-            given["step_tokens"] = None
-        return plan(**(given | changes))
+        return plan(**({name: getattr(self, name) for name in names} | changes))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -324,7 +321,7 @@ def plan(
         raise ValueError(f"used must be from 1 to N, {N}, got {used}")
     tokens = B * N if step_tokens is None else step_tokens
     if tokens < 1:
-        raise ValueError(f"step_tokens must be 1 or more, got {tokens}")
+        raise ValueError(f"step_tokens must be 1 or more, got {step_tokens}")
     tokens = min(tokens, B * N)
 
     m, b = model, ITEM_BYTES[dtype]
@@ -332,7 +329,7 @@ def plan(
     if cache == "pages":
         keys = f"{math.ceil(used / page_size):,} pages × {page_size:,} keys"
     return Plan(
-        model, gpu, N, B, attention, cache, page_size, dtype, memory, used, tokens,
+        model, gpu, N, B, attention, cache, page_size, dtype, memory, used, step_tokens,
         weights=_term(f"{m.parameters_by_hand.n_bytes:,} parameters × {b} B"),
         kv_cache=_term(
             f"2 × {m.layers} layers × {B:,} sequences × {keys} × {m.H_kv} heads × {m.D} × {b} B"
