@@ -24,16 +24,17 @@ from flashedu.stages.decode_tiles import splits_for, tile_for
 from flashedu.stages.reference import Reference
 
 CLAIMS = list(contract.claims(rung("decode")))
+HALF = len(CLAIMS) // 2  # neighbours share results
 
 
 class TestContract:
-    @pytest.mark.parametrize("claim", CLAIMS[::2])
+    @pytest.mark.parametrize("claim", CLAIMS[:HALF])
     def test_contract(self, claim: str) -> None:
         contract.claims(rung("decode"))[claim](Subject.of(rung("decode")))
 
 
 class TestTheOtherHalfOfTheContract:  # a class of its own: another worker can take it
-    @pytest.mark.parametrize("claim", CLAIMS[1::2])
+    @pytest.mark.parametrize("claim", CLAIMS[HALF:])
     def test_contract(self, claim: str) -> None:
         contract.claims(rung("decode"))[claim](Subject.of(rung("decode")))
 

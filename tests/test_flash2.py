@@ -21,16 +21,17 @@ from flashedu.stages import flash2, triton_mode
 from flashedu.stages.reference import Reference
 
 CLAIMS = list(contract.claims(rung("flash2")))
+HALF = len(CLAIMS) // 2  # neighbours share results
 
 
 class TestContract:
-    @pytest.mark.parametrize("claim", CLAIMS[::2])
+    @pytest.mark.parametrize("claim", CLAIMS[:HALF])
     def test_contract(self, claim: str) -> None:
         contract.claims(rung("flash2"))[claim](Subject.of(rung("flash2")))
 
 
 class TestTheOtherHalfOfTheContract:  # a class of its own: another worker can take it
-    @pytest.mark.parametrize("claim", CLAIMS[1::2])
+    @pytest.mark.parametrize("claim", CLAIMS[HALF:])
     def test_contract(self, claim: str) -> None:
         contract.claims(rung("flash2"))[claim](Subject.of(rung("flash2")))
 

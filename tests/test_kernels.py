@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -15,14 +16,17 @@ from flashedu.memory import Machine, Problem, cost
 from flashedu.memory.kernels import counted
 from flashedu.stages import rung
 from flashedu.testing import draw
+from tests.contract import bits
 
 if rung("flash2").missing():
     pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
 
 from flashedu.stages import flash2, triton_mode
+from flashedu.stages import interpreter as interpreters
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import interpreter_builder
 
@@ -182,6 +186,65 @@ def test_a_plain_script_is_not_run_again_for_it(tmp_path) -> None:
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, "{'flash2': 1}\n"), ran.stderr
+
+
+# the interpreter without what it does for nothing
+
+
+def as_triton_has_it(function: Callable[[], object]) -> object:
+    with (
+        mock.patch.object(interpreter, "_patch_lang", interpreter._patch_lang.__wrapped__),
+        mock.patch.object(interpreter_builder, "options", interpreter.InterpreterOptions()),
+    ):
+        return function()
+
+
+@pytest.mark.parametrize("stage", ["flash1", "flash2", "decode"])
+def test_what_the_interpreter_leaves_out_changes_no_bit_and_no_count(stage: str) -> None:
+    q, k, v, _ = draw(P, framework="torch")
+
+    def run() -> tuple[object, ...]:
+        machine = Machine()
+        results = rung(stage).load().attention_with_lse(q, k, v, causal=True, machine=machine)
+        return *map(bits, results), machine.counted, machine.trace
+
+    assert run() == as_triton_has_it(run)
+
+
+def test_tl_is_replaced_once_a_launch_and_is_then_as_it_was() -> None:
+    q, k, v, _ = draw(P, framework="torch")
+    calls = Counter()
+    original = interpreter._patch_lang.__wrapped__
+
+    def counting(function: Callable[..., object]) -> object:
+        calls["all"] += 1
+        return original(function)
+
+    def run() -> int:
+        calls.clear()
+        flash2.attention(q, k, v)
+        assert tl.core.is_builtin(tl.load)
+        return calls["all"]
+
+    with mock.patch.object(interpreter, "_patch_lang", counting):
+        assert run() > 50
+    quick = interpreters.once_a_launch(counting)
+    with mock.patch.object(interpreter, "_patch_lang", quick):
+        assert run() <= 3  # what sees tl, tl.core, or both
+        assert run() <= 3
+
+
+def test_an_error_in_a_kernel_ends_the_launch() -> None:
+    @triton.jit
+    def wrong_kernel(X):
+        tl.store(X, tl.sum(tl.nothing))
+
+    x = torch.zeros(1, 1, 16)
+    with pytest.raises(Exception, match="nothing"):
+        wrong_kernel[(1,)](x)
+    assert tl.core.is_builtin(tl.load)
+    copy_kernel[(1,)](x + 1, x, 16, BLOCK=16)
+    assert x.all()
 
 
 def test_a_problem_that_a_kernel_cannot_take_gets_a_sentence() -> None:

@@ -458,10 +458,10 @@ def test_a_stage_that_cannot_run_here_says_why() -> None:
 
 @pytest.mark.parametrize("n", [256, 100_000])
 def test_a_run_that_is_too_long_gets_sizes_that_would_do(n: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match="problem must be small enough for 150,000 bytes") as error:
         play("tiled", "online", SMALL.replace(Nq=n, Nk=2 * n))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     Nq, Nk = map(int, re.findall(r"Nq=(\d+), Nk=(\d+) would do", str(error.value))[0])
     assert 1 < Nq < n
     assert len(play("tiled", "online", SMALL.replace(Nq=Nq, Nk=Nk)).html.encode()) <= MAX_BYTES

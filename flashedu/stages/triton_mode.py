@@ -30,6 +30,8 @@ if (
 else:
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         import triton.language as tl
+from flashedu.stages import interpreter
+
 import triton
 from triton import knobs
 from triton.runtime import driver
@@ -46,6 +48,7 @@ if INTERPRETED:
         )
     with mock.patch.object(knobs, "propagate_env", False):  # this process alone
         knobs.runtime.interpret = True  # for the kernels that are defined from here on
+    interpreter.quicken()
 
 COMPILE_ONLY = (
     not INTERPRETED and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
