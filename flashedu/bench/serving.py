@@ -48,7 +48,7 @@ class Engine:
 
 # Of vLLM: a CUDA graph of each decode step, as it does by itself; nothing compiled, as that takes
 # a minute and touches no attention.
-GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+GRAPHS: dict[str, Any] = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 ENGINES = {
     e.name: e
     for e in (
