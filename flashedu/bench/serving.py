@@ -115,7 +115,7 @@ def measure(
         found |= _child([(i, runs[i]) for i in numbers], shape, dtype, device)
         if group == "transformers" and device == "cuda" and shape in MODELS:
             on_case(numbers[-1], len(runs), "memory, beside the plan")
-            told = _program([PLANNED, shape, dtype])[0]
+            told = program(__name__, [PLANNED, shape, dtype])[0]
             yield {"section": "memory", "shape": shape, "dtype": dtype, "load": None, "runs": told}
     for load in dict.fromkeys(run.load for run in runs):
         yield {
@@ -129,18 +129,25 @@ def _child(
 ) -> dict[int, dict[str, Any]]:
     job = {"shape": shape, "dtype": dtype, "device": device,
            "runs": [[i, run.engine.name, run.load.as_dict()] for i, run in runs]}  # fmt: skip
-    lines, said, why = _program([json.dumps(job)])
+    lines, said, why = program(__name__, [json.dumps(job)])
     ended = {line.pop("number"): line for line in lines}
-    backend = next((line for line in said.splitlines() if "AttentionBackendEnum" in line), None)
-    log = {"log": backend[backend.index("Using") :]} if backend and "Using" in backend else {}
+    backend = backend_line(said)
+    log = {"log": backend} if backend else {}
     return {i: _head(run) | log | ended.get(i, {"why": why}) for i, run in runs}
 
 
-def _program(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
-    """This module as a program: the lines of its file, what it said, and why it ended early."""
+def backend_line(said: str) -> str | None:
+    """What vLLM's log says of its attention backend."""
+    found = (line for line in said.splitlines() if "AttentionBackendEnum" in line)
+    line = next(found, "")
+    return line[line.index("Using") :] if "Using" in line else None
+
+
+def program(module: str, arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
+    """A module as a program: the lines of its file, what it said, and why it ended early."""
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out.jsonl", Path(folder) / "log.txt"
-        command, why = [sys.executable, "-m", __name__, str(out), *arguments], "it did not end"
+        command, why = [sys.executable, "-m", module, str(out), *arguments], "it did not end"
         with log.open("w", encoding="utf-8") as said:
             try:
                 code = subprocess.run(

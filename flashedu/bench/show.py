@@ -40,6 +40,7 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "serving":
         yield from _planned(record)
         yield from _serving(record)
+        yield from _tokens(record)
         return
     fwd_bwd = ("D", "causal", "pass")
     yield from _section(record, "speed", fwd_bwd, {"N": _n}, _rate, ("sdpa-flash", "sdpa-cudnn"))
@@ -405,6 +406,54 @@ def _serving(record: Record) -> Iterator[RenderableType]:
         about = f"serving: {about} of {output}. Latency counts from arrival. batch: the mean over"
     if record.cases("serving"):
         yield Text(f"{about} time.")
+
+
+TOKENS = {  # head of a column → what stands in it
+    "the same": lambda run: f"{run['same']} of {run['of']}",
+    "others": lambda run: _others(run),
+    "largest gap": lambda run: f"{run['largest_gap']:.4f}",
+    "a tie up to": lambda run: _or_dash(run["tie_within"]),
+    "noise max": lambda run: f"{run['noise_max']:.4f}",
+    "tokens compared": lambda run: f"{run['tokens_compared']:,}",
+}
+
+
+def _tokens(record: Record) -> Iterator[RenderableType]:
+    """What vLLM's backends write, two by two."""
+    for case in record.cases("tokens"):
+        load = case["load"]
+        table = _table()
+        table.title = f"tokens: {load['prompts']} prompts, {load['new_tokens']} tokens each, greedy"
+        table.title_justify = "left"
+        table.add_column("")
+        for head in TOKENS:
+            table.add_column(head, justify="right")
+        for run in case["runs"]:
+            if not run["why"]:
+                names = f"{run['variant']}: {run['peer']}, {run['attention']}"
+                table.add_row(names, *(cell(run) for cell in TOKENS.values()))
+        yield table
+        for run in case["runs"]:
+            if run["why"]:
+                yield Text(f"tokens, {run['variant']}: {run['why']}")
+        yield Text(
+            f"tokens: {case['dtype']}, random weights, seed {load['seed']}. Gaps and noise are of "
+            "log-probabilities: where two answers part, how far one prefers its own token; before "
+            "that, how far the two are apart. A tie: at most twice the noise between FLASH_ATTN "
+            "and TRITON_ATTN."
+        )
+
+
+def _others(run: Run) -> str:
+    if run["same"] == run["of"]:
+        return "none"
+    if run["all_ties"] is None:
+        return "not judged"
+    return "all ties" if run["all_ties"] else "NOT TIES"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _planned(record: Record) -> Iterator[RenderableType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ GPU_DTYPES = "bfloat16, float16, float32"
 SANITIZERS = "memcheck, racecheck, initcheck"  # bench.sanitize, without its imports
 SERVERS = (  # bench.serving, without its imports
     "eager-4, sdpa-4, flashedu-4, flashedu-16, continuous-16, continuous-256, vllm-flash-4, "
-    "vllm-flash-16, vllm-flash, vllm-triton, vllm-flashedu"
+    "vllm-flash-16, vllm-flash, vllm-triton, vllm-flashedu, tokens"
 )
 
 
@@ -226,14 +227,18 @@ def serving(
     """Send a load of requests to real engines, and record throughput, latency and memory.
 
     A model of Llama 2 7B's shape with random weights. Without --engines: the case study of chapter
-    12, with rates and counts of its own.
+    12, with rates and counts of its own. Its last part, tokens, compares what vLLM's backends and
+    ours write, in float16, with a small model and prompts of its own.
     """
     device = _measuring_device("bench serving")
     from flashedu.bench import serving as engines_
+    from flashedu.bench import tokens
 
+    compares = engines is None or tokens.TOKENS in engines
     wanted: Any = engines_.CASE_STUDY
     if engines:
-        wanted = [(engine, r, count) for engine in engines for r in rates or (math.inf,)]
+        loaded = [engine for engine in engines if engine != tokens.TOKENS]
+        wanted = [(engine, r, count) for engine in loaded for r in rates or (math.inf,)]
     if quick:
         wanted = [(engine, r, min(n, 8)) for engine, r, n in wanted]
     shape = "tiny" if quick else "llama2-7b"
@@ -241,7 +246,10 @@ def serving(
     device.give_back()
     with progress() as on_case:
         steps = engines_.measure(runs, shape, dtype, device.name, on_case=on_case)
-        head = {"quick": quick, "planned": len({run.load for run in runs}),
+        if compares:
+            prompts = 12 if quick else tokens.PROMPTS
+            steps = itertools.chain(steps, tokens.measure(prompts, seed, on_case=on_case))
+        head = {"quick": quick, "planned": len({run.load for run in runs}) + compares,
                 **engines_.provenance()}  # fmt: skip
         path = _record_run("serving", device, steps, out, commit, head)
     _show_record(path)

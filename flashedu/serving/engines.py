@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,20 +262,34 @@ def vllm_engine(
     attention: the name of a backend. memory: the part of the card that it may take. options: of
     `vllm.LLM`; prefix caching is off if they do not say otherwise.
     """
+    folder = Path(tempfile.mkdtemp())
+    write_config(folder, SHAPES[shape], dtype)
+    return vllm(
+        folder, attention, load_format="dummy", dtype=dtype, max_num_seqs=batch,
+        gpu_memory_utilization=memory, seed=seed,
+        **{"enable_prefix_caching": False, **options},
+    ).llm_engine  # fmt: skip
+
+
+def vllm(folder: str | Path, attention: str, **options: Any) -> Any:
+    """vLLM's `LLM` of the model in that folder, in this process. options: of `vllm.LLM`."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1"
     )
     from vllm import LLM
 
-    folder = Path(tempfile.mkdtemp())
+    from flashedu.integrations.vllm import NAME, register
+
+    if attention == NAME:  # vLLM finds it by itself only where FlashEdu is installed
+        register()
+    return LLM(model=str(folder), skip_tokenizer_init=True, attention_backend=attention, **options)
+
+
+def write_config(folder: Path, sizes: Mapping[str, Any], dtype: str) -> None:
+    """The config.json of a Llama of these sizes."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": dtype,
-        "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None, **SHAPES[shape],
+        "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None, **sizes,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype,
-        attention_backend=attention, max_num_seqs=batch, gpu_memory_utilization=memory,
-        seed=seed, **{"enable_prefix_caching": False, **options},
-    ).llm_engine  # fmt: skip
