@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from flashedu.bench import record, serving
+from flashedu.bench import record, serving, show
 from flashedu.memory.gpus import gpu
 from flashedu.serving import engines
 from flashedu.serving.load import (
@@ -337,3 +339,51 @@ def test_a_record_of_serving_reads_back(tmp_path) -> None:
     assert load == run.load
     assert again == case["runs"][0]
     assert serving.runs_of(found, "eager-4", 2.0) == serving.runs_of(found, "sdpa-4") == []
+
+
+SLOW = """
+import json, sys, time
+for number in (0, 1):
+    with open(sys.argv[1], "a") as out:
+        out.write(json.dumps({"number": number, "requests_per_s": 1.0}) + "\\n")
+    time.sleep(3600 if number else 0)
+"""
+
+
+def test_what_has_ended_is_recorded_before_the_rest_has(tmp_path, monkeypatch) -> None:
+    """A run that is stopped, or whose time is over, keeps what it has measured."""
+    (tmp_path / "slow_engine.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(serving, "__name__", "slow_engine")
+    monkeypatch.setattr(serving, "LIMIT_S", 2)
+    wanted = [("eager-4", math.inf, 3), ("sdpa-4", math.inf, 3), ("flashedu-4", math.inf, 3)]
+    runs = serving.plan("tiny", wanted)
+    told = []
+    cases = serving.measure(runs, "tiny", "float32", "cpu", on_case=lambda *x: told.append(x[2]))
+    assert next(cases)["runs"][0]["requests_per_s"] == 1.0
+    assert next(cases)["runs"][0]["peer"] == "sdpa-4"
+    (last,) = cases
+    assert last["runs"][0]["why"] == "it took more than 2 s"
+    assert told == [str(run) for run in runs]
+
+
+def test_a_record_of_serving_prints_a_table_a_rate(tmp_path) -> None:
+    done = {"requests_per_s": 2.5, "output_tokens_per_s": 200.0, "mean_batch": 3.5,
+            "latency_s": {"p50": 1.0, "p99": 2.0}, "first_token_s": {"p50": 0.5, "p99": 0.75},
+            "peak_bytes": None}  # fmt: skip
+    cases = [
+        {"section": "serving", "shape": "tiny", "dtype": "float32", "load": run.load.as_dict(),
+         "runs": [serving._head(run) | (done if run.engine.batch == 4 else {"why": "no card"})]}
+        for run in serving.plan("tiny", [("eager-4", math.inf, 3), ("vllm-flash", 2.0, 4)])
+    ]  # fmt: skip
+    head = dict.fromkeys(record.HEAD, "") | {"kind": "serving", "quick": False, "planned": 3}
+    found = record.Record(tmp_path / "x.json", head | {"commit": "", "before": {}, "cases": cases})
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in show._serving(found):
+        console.print(part)
+    text = console.export_text()
+    assert "all at once" in text
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("eager-4"))
+    assert row[:5] == ["eager-4", "3", "2.50", "200", "3.5"]
+    assert " ".join(row[5:]) == "500 ms 750 ms 1 s 2 s"
+    assert "vllm-flash, 2 a second: no card" in text

@@ -12,6 +12,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -29,6 +30,7 @@ ANSWERS = Lengths(64, 0.8, 4, 512)  # the article: at most 512
 TINY_PROMPTS, TINY_ANSWERS = Lengths(32, 0.8, 4, 200), Lengths(8, 0.6, 2, 32)
 SAMPLES = 240  # of a run, that a record keeps
 LIMIT_S = 420  # of a group
+PATIENCE_S = 0.2  # between two looks at what a program has written
 PLANNED = "planned"  # the argument for `flashedu.bench.planned`
 
 
@@ -106,34 +108,87 @@ def plan(
 def measure(
     runs: Sequence[Run], shape: str, dtype: str, device: str, *, on_case: OnCase
 ) -> Iterator[dict[str, Any]]:
-    """A case for each load, as it stands in a record."""
-    found: dict[int, dict[str, Any]] = {}
+    """A case for each run as it ends, as it stands in a record."""
     for group in dict.fromkeys(run.engine.group for run in runs):
         numbers = [i for i, run in enumerate(runs) if run.engine.group == group]
+        on_case(numbers[0], len(runs), str(runs[numbers[0]]))
+        of_group = [[i, runs[i].engine.name, runs[i].load.as_dict()] for i in numbers]
+        job = {"shape": shape, "dtype": dtype, "device": device, "runs": of_group}
+        with Program(__name__, [json.dumps(job)]) as child:
+            for line in child.lines():
+                number = line.pop("number")
+                numbers.remove(number)
+                log = backend_line(child.said)
+                yield _case(runs[number], shape, dtype, line | ({"log": log} if log else {}))
+                if numbers:
+                    on_case(numbers[0], len(runs), str(runs[numbers[0]]))
         for number in numbers:
-            on_case(number, len(runs), str(runs[number]))
-        found |= _child([(i, runs[i]) for i in numbers], shape, dtype, device)
-        if group == "transformers" and device == "cuda" and shape in MODELS:
-            on_case(numbers[-1], len(runs), "memory, beside the plan")
+            yield _case(runs[number], shape, dtype, {"why": child.why})
+        if group == "transformers" and plans(shape, device):
+            on_case(len(runs) - 1, len(runs), "memory, beside the plan")
             told = program(__name__, [PLANNED, shape, dtype])[0]
             yield {"section": "memory", "shape": shape, "dtype": dtype, "load": None, "runs": told}
-    for load in dict.fromkeys(run.load for run in runs):
-        yield {
-            "section": "serving", "shape": shape, "dtype": dtype, "load": load.as_dict(),
-            "runs": [found[i] for i, run in enumerate(runs) if run.load == load],
-        }  # fmt: skip
 
 
-def _child(
-    runs: Sequence[tuple[int, Run]], shape: str, dtype: str, device: str
-) -> dict[int, dict[str, Any]]:
-    job = {"shape": shape, "dtype": dtype, "device": device,
-           "runs": [[i, run.engine.name, run.load.as_dict()] for i, run in runs]}  # fmt: skip
-    lines, said, why = program(__name__, [json.dumps(job)])
-    ended = {line.pop("number"): line for line in lines}
-    backend = backend_line(said)
-    log = {"log": backend} if backend else {}
-    return {i: _head(run) | log | ended.get(i, {"why": why}) for i, run in runs}
+def plans(shape: str, device: str) -> bool:
+    """Whether the memory plan is held against the allocator, beside engines of Transformers."""
+    return device == "cuda" and shape in MODELS
+
+
+def _case(run: Run, shape: str, dtype: str, result: dict[str, Any]) -> dict[str, Any]:
+    return {"section": "serving", "shape": shape, "dtype": dtype, "load": run.load.as_dict(),
+            "runs": [_head(run) | result]}  # fmt: skip
+
+
+class Program:
+    """A module as a program, in a process of its own: what it writes, as it is written.
+
+    `said`: its log so far. `why`: why it has not written more.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+        self._module, self._arguments = module, arguments
+        self.said, self.why = "", "it did not end"
+
+    def __enter__(self) -> Program:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._log = (Path(self._folder.name) / name for name in ("out.jsonl", "log.txt"))
+        self._out.touch()
+        with self._log.open("w", encoding="utf-8") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self._module, str(self._out), *self._arguments],
+                stdout=said, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()  # if it runs still: after Ctrl-C, say
+        self._process.wait()
+        self._folder.cleanup()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Each line of JSON that it has written whole, soon after."""
+        end = time.monotonic() + LIMIT_S
+        with self._out.open(encoding="utf-8") as out:
+            running, rest = True, ""
+            while running:
+                running = self._process.poll() is None
+                *whole, rest = (rest + out.read()).split("\n")
+                self.said = self._log.read_text(encoding="utf-8", errors="replace")
+                yield from map(json.loads, whole)
+                if running and time.monotonic() > end:
+                    self.why = f"it took more than {LIMIT_S} s"
+                    self._process.kill()
+                time.sleep(PATIENCE_S * running)
+        if self._process.returncode:
+            sys.stderr.write(self.said[-4000:])
+
+
+def program(module: str, arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
+    """All that a `Program` writes; what it said, and why it wrote no more."""
+    with Program(module, arguments) as child:
+        lines = list(child.lines())
+    return lines, child.said, child.why
 
 
 def backend_line(said: str) -> str | None:
@@ -141,25 +196,6 @@ def backend_line(said: str) -> str | None:
     found = (line for line in said.splitlines() if "AttentionBackendEnum" in line)
     line = next(found, "")
     return line[line.index("Using") :] if "Using" in line else None
-
-
-def program(module: str, arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
-    """A module as a program: the lines of its file, what it said, and why it ended early."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "out.jsonl", Path(folder) / "log.txt"
-        command, why = [sys.executable, "-m", module, str(out), *arguments], "it did not end"
-        with log.open("w", encoding="utf-8") as said:
-            try:
-                code = subprocess.run(
-                    command, stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code, why = 1, f"it took more than {LIMIT_S} s"
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if code:
-            sys.stderr.write(text[-4000:])
-        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-        return [json.loads(line) for line in lines], text, why
 
 
 def _head(run: Run) -> dict[str, Any]:

@@ -380,32 +380,37 @@ SERVING = {  # head of a column → what stands in it
 
 
 def _serving(record: Record) -> Iterator[RenderableType]:
-    """A table for each load."""
-    for case in record.cases("serving"):
-        load = case["load"]
-        rate = load["rate_per_s"]
+    """A table for each rate."""
+    cases = record.cases("serving")
+    for rate in dict.fromkeys(case["load"]["rate_per_s"] for case in cases):
+        table = _table()
         how = "all at once" if rate is None else f"{rate:g} a second"
+        table.title, table.title_justify = f"serving: requests, {how}", "left"
+        table.add_column("")
+        for head in ("number", *SERVING):
+            table.add_column(head, justify="right")
+        failed = []
+        for case in cases:
+            if case["load"]["rate_per_s"] != rate:
+                continue
+            for run in case["runs"]:
+                if run["why"]:
+                    failed.append(Text(f"{run['peer']}, {how}: {run['why']}"))
+                    continue
+                number = str(case["load"]["count"])
+                table.add_row(run["peer"], number, *(cell(run) for cell in SERVING.values()))
+        yield table
+        yield from failed
+    if cases:
+        case = cases[0]
         prompt, output = (
-            "{least} to {most} tokens, median {median:g}".format(**load[name])
+            "{least} to {most} tokens, median {median:g}".format(**case["load"][name])
             for name in ("prompt", "output")
         )
-        table = _table()
-        table.title = f"serving: {load['count']} requests, {how}"
-        table.title_justify = "left"
-        table.add_column("")
-        for head in SERVING:
-            table.add_column(head, justify="right")
-        for run in case["runs"]:
-            if not run["why"]:
-                table.add_row(run["peer"], *(cell(run) for cell in SERVING.values()))
-        yield table
-        for run in case["runs"]:
-            if run["why"]:
-                yield Text(f"{run['peer']}: {run['why']}")
-        about = f"{case['shape']}, {case['dtype']}, random weights. Prompts of {prompt}; answers"
-        about = f"serving: {about} of {output}. Latency counts from arrival. batch: the mean over"
-    if record.cases("serving"):
-        yield Text(f"{about} time.")
+        yield Text(
+            f"serving: {case['shape']}, {case['dtype']}, random weights. Prompts of {prompt}; "
+            f"answers of {output}. Latency counts from arrival. batch: the mean over time."
+        )
 
 
 TOKENS = {  # head of a column → what stands in it

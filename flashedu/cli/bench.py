@@ -249,8 +249,9 @@ def serving(
         if compares:
             prompts = 12 if quick else tokens.PROMPTS
             steps = itertools.chain(steps, tokens.measure(prompts, seed, on_case=on_case))
-        head = {"quick": quick, "planned": len({run.load for run in runs}) + compares,
-                **engines_.provenance()}  # fmt: skip
+        kinds = {run.engine.kind for run in runs} - {"vllm"}
+        more = compares + (bool(kinds) and engines_.plans(shape, device.name))
+        head = {"quick": quick, "planned": len(runs) + more, **engines_.provenance()}
         path = _record_run("serving", device, steps, out, commit, head)
     _show_record(path)
 
