@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashedu.memory.problem import Problem
+from flashedu.memory import hbm
 from flashedu.stages import triton_mode
 from flashedu.stages.contract import check
 from flashedu.stages.descriptors import addressable, empty_like, without_padding
@@ -39,7 +39,6 @@ from flashedu.stages.gluon_names import load_tile, store_tile  # isort: skip
 LOWEST = gl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no key gives 0
 LN2 = gl.constexpr(math.log(2))
 LOG2E = gl.constexpr(1 / math.log(2))
-ROWS = gl.constexpr(64)  # queries of a consumer: a matrix instruction has 64 rows
 
 
 class Tile(NamedTuple):
@@ -49,16 +48,18 @@ class Tile(NamedTuple):
     block_k: int = 128
     stages: int = 2  # tiles of k, and of v, on chip
     registers: int = 240  # of a consumer's thread
-    overlap: bool = True
+    mode: str = "next"  # none, before, next
     persistent: bool = False
-    section: int = 1
+    section: int = 1  # heads
+    warps: int = 4  # of a consumer: 16 queries each
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads", "section"])
 def forward_kernel(
-    Q, K, V, O, LSE, scale, H, Nq, Nk, heads, section,
-    GROUP: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr,
+    Q, K, V, O, LSE, scale, H, group, Nq, Nk, heads, section,
+    COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """o and lse of a query tile, CONSUMERS · 64 rows, of one head. The warps part here."""
     dtype: gl.constexpr = Q.dtype
@@ -71,19 +72,26 @@ def forward_kernel(
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
 
     q_tile, k_tiles, v_tiles = (q_i, q_full, q_empty), (k_j, k_full, k_empty), (v_j, v_full, v_empty)
-    sizes = (H, Nq, Nk, heads, section)
+    sizes = (H, group, Nq, Nk, heads, section)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     third: gl.constexpr = 2
-    group: gl.constexpr = GROUP
     causal: gl.constexpr = CAUSAL
     overlap: gl.constexpr = OVERLAP
-    if CONSUMERS == 2:
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
+            ],
+            [1], [24],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
                 (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, group, causal)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
@@ -93,7 +101,7 @@ def forward_kernel(
                 (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
                 (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
                 (_consume, (third, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, group, causal)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
@@ -109,12 +117,13 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(Q, K, V, q_tile, k_tiles, v_tiles, sizes, GROUP: gl.constexpr, CAUSAL: gl.constexpr):
+def _produce(Q, K, V, q_tile, k_tiles, v_tiles, sizes, CAUSAL: gl.constexpr):
     """Have every tile loaded as soon as there is a place for it."""
     q_i, q_full, q_empty = q_tile
     CONSUMERS: gl.constexpr = q_i.shape[0]
+    ROWS: gl.constexpr = q_i.shape[3]
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
-    H, Nq, Nk, heads, section = sizes
+    H, group, Nq, Nk, heads, section = sizes
     items = heads * gl.cdiv(Nq, CONSUMERS * ROWS)
     t = 0
     n_items = 0
@@ -128,8 +137,8 @@ def _produce(Q, K, V, q_tile, k_tiles, v_tiles, sizes, GROUP: gl.constexpr, CAUS
         tiles = _tiles_seen(i, Nq, Nk, CONSUMERS * ROWS, BLOCK_K, CAUSAL)
         for x in range(tiles):
             j = (tiles - 1 - x) * BLOCK_K
-            _fill(K, b, h // GROUP, j, k_tiles, t)
-            _fill(V, b, h // GROUP, j, v_tiles, t)
+            _fill(K, b, h // group, j, k_tiles, t)
+            _fill(V, b, h // group, j, v_tiles, t)
             t += 1
         n_items += 1
 
@@ -152,14 +161,17 @@ def _consume(
     """o and lse of 64 queries."""
     q_places, q_full, q_empty = q_tile
     CONSUMERS: gl.constexpr = q_places.shape[0]
+    ROWS: gl.constexpr = q_places.shape[3]
+    WARPS: gl.constexpr = ROWS // 16
     COLUMNS: gl.constexpr = q_places.shape[4]
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    H, Nq, Nk, heads, section = sizes
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_K, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    H, group, Nq, Nk, heads, section = sizes
     items = heads * gl.cdiv(Nq, CONSUMERS * ROWS)
     scale_log2 = scale * LOG2E
     q_i = q_places.index(C).reshape([ROWS, COLUMNS])
+    zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
     t = 0
     n_items = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -176,45 +188,78 @@ def _consume(
 
         mbarrier.wait(q_full.index(0), n_items & 1)
         k_j, k_empty = _full(k_tiles, t)
-        zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
         s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False)
         mbarrier.arrive(k_empty, count=1)
         s_ij = _masked(s_ij, rows, last, Nq, Nk, CAUSAL)
-        p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
-        p_ij = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+        if OVERLAP == "before" or OVERLAP == "before16":
+            p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
+            if OVERLAP == "before16":
+                p_ij = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+            _full(v_tiles, t)
         t += 1
 
         for MASKED in gl.static_range(1, -1, -1):  # the tiles that need no mask come last
             start = 1 if MASKED else gl.maximum(1, tiles - seen_by_all)
             stop = tiles - seen_by_all if MASKED else tiles
             for x in range(start, stop):
-                k_j, k_empty = _full(k_tiles, t)
-                zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
-                s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
-                v_j, v_empty = _full(v_tiles, t - 1)
-                acc_i = warpgroup_mma(p_ij, v_j, acc_i, is_async=True)
-                if OVERLAP:
+                if OVERLAP == "next":
+                    k_j, k_empty = _full(k_tiles, t)
+                    s_next = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
+                    acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+                    p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+                    v_j, v_empty = _full(v_tiles, t - 1)
+                    acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
+                    s_ij = warpgroup_mma_wait(1, deps=[s_next])
+                    mbarrier.arrive(k_empty, count=1)
+                    if MASKED:
+                        s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
+                    acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
+                    mbarrier.arrive(v_empty, count=1)
+                elif OVERLAP == "before" or OVERLAP == "before16":
+                    k_j, k_empty = _full(k_tiles, t)
+                    p_16 = p_ij
+                    if OVERLAP == "before":
+                        p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+                    s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    v_j, v_empty = _tile(v_tiles, t - 1)
+                    acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
                     s_ij = warpgroup_mma_wait(1, deps=[s_ij])
                     mbarrier.arrive(k_empty, count=1)
+                    if MASKED:
+                        s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
+                    p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
+                    _full(v_tiles, t)
+                    acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
+                    mbarrier.arrive(v_empty, count=1)
+                    acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+                    if OVERLAP == "before16":
+                        p_ij = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
                 else:
-                    s_ij, acc_i, p_ij = warpgroup_mma_wait(0, deps=[s_ij, acc_i, p_ij])
+                    p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
+                    acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+                    p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+                    v_j, v_empty = _full(v_tiles, t - 1)
+                    acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
+                    k_j, k_empty = _full(k_tiles, t)
+                    s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    acc_i, s_ij, p_16 = warpgroup_mma_wait(0, deps=[acc_i, s_ij, p_16])
+                    mbarrier.arrive(v_empty, count=1)
                     mbarrier.arrive(k_empty, count=1)
-                    mbarrier.arrive(v_empty, count=1)
-
-                if MASKED:
-                    s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
-                p_new, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
-                if OVERLAP:
-                    acc_i, p_ij = warpgroup_mma_wait(0, deps=[acc_i, p_ij])
-                    mbarrier.arrive(v_empty, count=1)
-                acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-                p_ij = gl.convert_layout(p_new.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+                    if MASKED:
+                        s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
                 t += 1
 
         mbarrier.arrive(q_empty.index(0), count=1)
+        if OVERLAP == "next" or OVERLAP == "none":
+            p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
+            acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
         v_j, v_empty = _full(v_tiles, t - 1)
-        acc_i = warpgroup_mma(p_ij, v_j, acc_i, is_async=True)
-        acc_i, p_ij = warpgroup_mma_wait(0, deps=[acc_i, p_ij])
+        p_16 = p_ij
+        if OVERLAP != "before16":
+            p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
+        acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
+        acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
         mbarrier.arrive(v_empty, count=1)
 
         some = l_i > 0  # False for a row that sees no key
@@ -232,14 +277,20 @@ def _consume(
 
 @gluon.jit
 def _full(tiles, t):
-    """Tile t, once it has come; and the barrier that says that it is no longer needed."""
-    places, full, empty = tiles
+    """Wait until tile t has come. The tile, and the barrier that says that it is used."""
+    STAGES: gl.constexpr = tiles[0].shape[0]
+    mbarrier.wait(tiles[1].index(t % STAGES), t // STAGES & 1)
+    return _tile(tiles, t)
+
+
+@gluon.jit
+def _tile(tiles, t):
+    """Tile t, which has come, and the barrier that says that it is used."""
+    places, _, empty = tiles
     STAGES: gl.constexpr = places.shape[0]
-    BLOCK_K: gl.constexpr = places.shape[3]
+    ROWS: gl.constexpr = places.shape[3]
     COLUMNS: gl.constexpr = places.shape[4]
-    place, phase = t % STAGES, t // STAGES & 1
-    mbarrier.wait(full.index(place), phase)
-    return places.index(place).reshape([BLOCK_K, COLUMNS]), empty.index(place)
+    return places.index(t % STAGES).reshape([ROWS, COLUMNS]), empty.index(t % STAGES)
 
 
 @gluon.jit
@@ -302,20 +353,21 @@ def _seen_by_all(i, Nq, Nk, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
 def forward(q, k, v, problem, scale, tile):
     """o (B, H, Nq, D), lse (B, H, Nq), by one program for each query tile of each head."""
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    lse = q.new_empty((B, H, Nq), dtype=torch.float32)
+    lse = hbm.empty((B, H, Nq), q, torch.float32)
     if 0 in (B, Nq, Nk):
         return torch.zeros_like(q), lse.fill_(-torch.inf)
     o = empty_like(q)
     columns = 64 if D <= 64 else 128
-    Q, O = tiles_of(q, ROWS.value, columns), tiles_of(o, ROWS.value, columns)
+    rows = 16 * tile.warps
+    Q, O = tiles_of(q, rows, columns), tiles_of(o, rows, columns)
     K, V = tiles_of(k, tile.block_k, columns), tiles_of(v, tile.block_k, columns)
-    items = triton.cdiv(Nq, tile.consumers * ROWS.value) * B * H
+    items = triton.cdiv(Nq, tile.consumers * rows) * B * H
     programs = min(items, triton_mode.sm_count(q.device)) if tile.persistent else items
     forward_kernel[(programs,)](
-        Q, K, V, O, lse, scale, H, Nq, Nk, B * H, min(tile.section, B * H),
-        GROUP=H // H_kv, COLUMNS=columns, CAUSAL=problem.causal, BLOCK_K=tile.block_k,
+        Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, B * H, min(tile.section, B * H),
+        COLUMNS=columns, CAUSAL=problem.causal, BLOCK_K=tile.block_k,
         CONSUMERS=tile.consumers, STAGES=tile.stages, REGISTERS=tile.registers,
-        OVERLAP=tile.overlap, num_warps=4,
+        OVERLAP=tile.mode, ROWS=rows, num_warps=tile.warps,
     )  # fmt: skip
     return without_padding(o, q.dtype), lse
 
