@@ -12,6 +12,7 @@ runs beside it.
 Source: FlashAttention-3 (arXiv 2407.08608), Algorithm 1 and section 3.2; written in Gluon.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -48,60 +49,67 @@ class Tile(NamedTuple):
     block_k: int = 128
     stages: int = 2  # tiles of k, and of v, on chip
     registers: int = 240  # of a consumer's thread
-    mode: str = "next"  # none, before, next
-    persistent: bool = False
-    section: int = 1  # heads
-    warps: int = 4  # of a consumer: 16 queries each
+    q_places: int = 1  # query tiles on chip: with two, the next comes while one is in use
+    persistent: bool = False  # one program an SM, that takes one query tile after another
+    pairs: bool = False  # causal: a long tile and a short one are one piece of work
+    early_k: bool = False  # the first k of a query tile is loaded before its q
+    skip: bool = False  # a consumer leaves out the key tiles that only its neighbours see
+    if_needed: bool = False  # the mask of the first key tile only where it hides something
 
 
-@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads", "section"])
+@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads"])
 def forward_kernel(
-    Q, K, V, O, LSE, scale, H, group, Nq, Nk, heads, section,
+    Q, K, V, O, LSE, scale, H, group, Nq, Nk, heads,
     COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ROWS: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_PLACES: gl.constexpr, PAIRS: gl.constexpr, EARLY_K: gl.constexpr, SKIP: gl.constexpr,
+    IF_NEEDED: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of a query tile, CONSUMERS · 64 rows, of one head. The warps part here."""
+    """o and lse of query tiles of CONSUMERS · 64 rows. The warps part here."""
     dtype: gl.constexpr = Q.dtype
-    q_i = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, COLUMNS], Q.layout)
+    ROWS: gl.constexpr = Q.block_type.shape[2]
+    q_i = gl.allocate_shared_memory(dtype, [Q_PLACES * CONSUMERS, 1, 1, ROWS, COLUMNS], Q.layout)
     o_i = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, COLUMNS], O.layout)
     k_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], K.layout)
     v_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], V.layout)
-    q_full, q_empty = _barriers(1, 1), _barriers(1, CONSUMERS)
+    q_full, q_empty = _barriers(Q_PLACES, 1), _barriers(Q_PLACES, CONSUMERS)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
 
     q_tile, k_tiles, v_tiles = (q_i, q_full, q_empty), (k_j, k_full, k_empty), (v_j, v_full, v_empty)
-    sizes = (H, group, Nq, Nk, heads, section)
+    sizes = (H, group, Nq, Nk, heads)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     third: gl.constexpr = 2
     causal: gl.constexpr = CAUSAL
-    overlap: gl.constexpr = OVERLAP
+    pairs: gl.constexpr = PAIRS
+    early_k: gl.constexpr = EARLY_K
+    skip: gl.constexpr = SKIP
+    if_needed: gl.constexpr = IF_NEEDED
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [1], [24],
         )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_consume, (third, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, overlap)),
-                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (third, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
@@ -117,30 +125,49 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(Q, K, V, q_tile, k_tiles, v_tiles, sizes, CAUSAL: gl.constexpr):
+def _produce(
+    Q, K, V, q_tile, k_tiles, v_tiles, sizes, CAUSAL: gl.constexpr, PAIRS: gl.constexpr,
+    EARLY_K: gl.constexpr,
+):  # fmt: skip
     """Have every tile loaded as soon as there is a place for it."""
-    q_i, q_full, q_empty = q_tile
-    CONSUMERS: gl.constexpr = q_i.shape[0]
-    ROWS: gl.constexpr = q_i.shape[3]
+    CONSUMERS: gl.constexpr = q_tile[0].shape[0] // q_tile[1].shape[0]
+    ROWS: gl.constexpr = q_tile[0].shape[3]
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
-    H, group, Nq, Nk, heads, section = sizes
-    items = heads * gl.cdiv(Nq, CONSUMERS * ROWS)
+    H, group, Nq, Nk, heads = sizes
+    n = 0
     t = 0
-    n_items = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        i, head = _tile_and_head(item, Nq, heads, section, CONSUMERS * ROWS, CAUSAL)
+    for piece in range(gl.program_id(0), _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS), gl.num_programs(0)):
+        head, start, stop, step = _piece(piece, Nq, CONSUMERS * ROWS, CAUSAL, PAIRS)
         b, h = head // H, head % H
-        mbarrier.wait(q_empty.index(0), (n_items & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), CONSUMERS * Q.block_type.nbytes)
-        for c in gl.static_range(CONSUMERS):
-            load_tile(Q, [b, h, i + c * ROWS, 0], q_full.index(0), q_i.index(c))
-        tiles = _tiles_seen(i, Nq, Nk, CONSUMERS * ROWS, BLOCK_K, CAUSAL)
-        for x in range(tiles):
-            j = (tiles - 1 - x) * BLOCK_K
-            _fill(K, b, h // group, j, k_tiles, t)
-            _fill(V, b, h // group, j, v_tiles, t)
+        for tile in range(start, stop, step):
+            i = tile * CONSUMERS * ROWS
+            tiles = _tiles_seen(i, Nq, Nk, CONSUMERS * ROWS, BLOCK_K, CAUSAL)
+            if EARLY_K:
+                _fill(K, b, h // group, (tiles - 1) * BLOCK_K, k_tiles, t)
+            _fill_q(Q, b, h, i, q_tile, n)
+            if not EARLY_K:
+                _fill(K, b, h // group, (tiles - 1) * BLOCK_K, k_tiles, t)
+            _fill(V, b, h // group, (tiles - 1) * BLOCK_K, v_tiles, t)
             t += 1
-        n_items += 1
+            for x in range(1, tiles):
+                j = (tiles - 1 - x) * BLOCK_K
+                _fill(K, b, h // group, j, k_tiles, t)
+                _fill(V, b, h // group, j, v_tiles, t)
+                t += 1
+            n += 1
+
+
+@gluon.jit
+def _fill_q(Q, b, h, i, q_tile, n):
+    places, full, empty = q_tile
+    Q_PLACES: gl.constexpr = full.shape[0]
+    CONSUMERS: gl.constexpr = places.shape[0] // Q_PLACES
+    ROWS: gl.constexpr = places.shape[3]
+    place, phase = n % Q_PLACES, n // Q_PLACES & 1
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    mbarrier.expect(full.index(place), CONSUMERS * Q.block_type.nbytes)
+    for c in gl.static_range(CONSUMERS):
+        load_tile(Q, [b, h, i + c * ROWS, 0], full.index(place), places.index(place * CONSUMERS + c))
 
 
 @gluon.jit
@@ -156,86 +183,60 @@ def _fill(X, b, h, j, tiles, t):
 @gluon.jit
 def _consume(
     C: gl.constexpr, q_tile, k_tiles, v_tiles, o_tile, O, LSE, scale, sizes, CAUSAL: gl.constexpr,
-    OVERLAP: gl.constexpr,
+    PAIRS: gl.constexpr, SKIP: gl.constexpr, IF_NEEDED: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of 64 queries."""
+    """o and lse of 64 queries of every tile."""
     q_places, q_full, q_empty = q_tile
-    CONSUMERS: gl.constexpr = q_places.shape[0]
+    Q_PLACES: gl.constexpr = q_full.shape[0]
+    CONSUMERS: gl.constexpr = q_places.shape[0] // Q_PLACES
     ROWS: gl.constexpr = q_places.shape[3]
-    WARPS: gl.constexpr = ROWS // 16
     COLUMNS: gl.constexpr = q_places.shape[4]
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_K, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
-    H, group, Nq, Nk, heads, section = sizes
-    items = heads * gl.cdiv(Nq, CONSUMERS * ROWS)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, BLOCK_K, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, COLUMNS, 16])
+    H, group, Nq, Nk, heads = sizes
     scale_log2 = scale * LOG2E
-    q_i = q_places.index(C).reshape([ROWS, COLUMNS])
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
+    n = 0
     t = 0
-    n_items = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        i, head = _tile_and_head(item, Nq, heads, section, CONSUMERS * ROWS, CAUSAL)
-        tiles = _tiles_seen(i, Nq, Nk, CONSUMERS * ROWS, BLOCK_K, CAUSAL)
-        i += C * ROWS
-        rows = i + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        seen_by_all = gl.minimum(_seen_by_all(i, Nq, Nk, BLOCK_K, CAUSAL), tiles)
-        last = (tiles - 1) * BLOCK_K
-
-        m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-        acc_i = gl.zeros([ROWS, COLUMNS], gl.float32, ACC)
-
-        mbarrier.wait(q_full.index(0), n_items & 1)
-        k_j, k_empty = _full(k_tiles, t)
-        s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False)
-        mbarrier.arrive(k_empty, count=1)
-        s_ij = _masked(s_ij, rows, last, Nq, Nk, CAUSAL)
-        if OVERLAP == "before" or OVERLAP == "before16":
-            p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
-            if OVERLAP == "before16":
-                p_ij = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
-            _full(v_tiles, t)
-        t += 1
-
-        for MASKED in gl.static_range(1, -1, -1):  # the tiles that need no mask come last
-            start = 1 if MASKED else gl.maximum(1, tiles - seen_by_all)
-            stop = tiles - seen_by_all if MASKED else tiles
-            for x in range(start, stop):
-                if OVERLAP == "next":
-                    k_j, k_empty = _full(k_tiles, t)
-                    s_next = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
-                    acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-                    p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
-                    v_j, v_empty = _full(v_tiles, t - 1)
-                    acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
-                    s_ij = warpgroup_mma_wait(1, deps=[s_next])
+    for piece in range(gl.program_id(0), _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS), gl.num_programs(0)):
+        head, start, stop, step = _piece(piece, Nq, CONSUMERS * ROWS, CAUSAL, PAIRS)
+        for tile in range(start, stop, step):
+            i = tile * CONSUMERS * ROWS
+            tiles = _tiles_seen(i, Nq, Nk, CONSUMERS * ROWS, BLOCK_K, CAUSAL)
+            i += C * ROWS
+            if SKIP:
+                for _ in range(_tiles_seen(i, Nq, Nk, ROWS, BLOCK_K, CAUSAL), tiles):
+                    _, k_empty = _full(k_tiles, t)
                     mbarrier.arrive(k_empty, count=1)
-                    if MASKED:
-                        s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
-                    acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
+                    _, v_empty = _full(v_tiles, t)
                     mbarrier.arrive(v_empty, count=1)
-                elif OVERLAP == "before" or OVERLAP == "before16":
-                    k_j, k_empty = _full(k_tiles, t)
-                    p_16 = p_ij
-                    if OVERLAP == "before":
-                        p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
-                    s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    v_j, v_empty = _tile(v_tiles, t - 1)
-                    acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
-                    s_ij = warpgroup_mma_wait(1, deps=[s_ij])
-                    mbarrier.arrive(k_empty, count=1)
-                    if MASKED:
-                        s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
-                    p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
-                    _full(v_tiles, t)
-                    acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
-                    mbarrier.arrive(v_empty, count=1)
-                    acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-                    if OVERLAP == "before16":
-                        p_ij = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
-                else:
+                    t += 1
+                tiles = _tiles_seen(i, Nq, Nk, ROWS, BLOCK_K, CAUSAL)
+            rows = i + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            masked = tiles - gl.minimum(_seen_by_all(i, Nq, Nk, BLOCK_K, CAUSAL), tiles)
+            last = (tiles - 1) * BLOCK_K
+
+            m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
+            l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+            acc_i = gl.zeros([ROWS, COLUMNS], gl.float32, ACC)
+
+            mbarrier.wait(q_full.index(n % Q_PLACES), n // Q_PLACES & 1)
+            q_i = q_places.index(n % Q_PLACES * CONSUMERS + C).reshape([ROWS, COLUMNS])
+            k_j, k_empty = _full(k_tiles, t)
+            s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False)
+            mbarrier.arrive(k_empty, count=1)
+            if IF_NEEDED:
+                if masked > 0:
+                    s_ij = _masked(s_ij, rows, last, Nq, Nk, CAUSAL)
+            else:
+                s_ij = _masked(s_ij, rows, last, Nq, Nk, CAUSAL)
+            t += 1
+
+            for MASKED in gl.static_range(1, -1, -1):  # the tiles that need no mask come last
+                begin = 1 if MASKED else gl.maximum(1, masked)
+                end = masked if MASKED else tiles
+                for x in range(begin, end):
                     p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
                     acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
                     p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
@@ -248,30 +249,27 @@ def _consume(
                     mbarrier.arrive(k_empty, count=1)
                     if MASKED:
                         s_ij = _masked(s_ij, rows, last - x * BLOCK_K, Nq, Nk, CAUSAL)
-                t += 1
+                    t += 1
 
-        mbarrier.arrive(q_empty.index(0), count=1)
-        if OVERLAP == "next" or OVERLAP == "none":
+            mbarrier.arrive(q_empty.index(n % Q_PLACES), count=1)
             p_ij, alpha, m_i, l_i = _softmax(s_ij, m_i, l_i, scale_log2)
             acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-        v_j, v_empty = _full(v_tiles, t - 1)
-        p_16 = p_ij
-        if OVERLAP != "before16":
             p_16 = gl.convert_layout(p_ij.to(O.dtype), gl.DotOperandLayout(0, ACC, 2))
-        acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
-        acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
-        mbarrier.arrive(v_empty, count=1)
+            v_j, v_empty = _full(v_tiles, t - 1)
+            acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
+            acc_i, p_16 = warpgroup_mma_wait(0, deps=[acc_i, p_16])
+            mbarrier.arrive(v_empty, count=1)
 
-        some = l_i > 0  # False for a row that sees no key
-        l_some = gl.where(some, l_i, 1.0)
-        lse_i = gl.where(some, LN2 * (m_i + gl.log2(l_some)), float("-inf"))
-        gl.store(LSE + head.to(gl.int64) * Nq + rows, lse_i, mask=rows < Nq)
-        o_i = acc_i * gl.convert_layout(1 / l_some, gl.SliceLayout(1, ACC))[:, None]
-        tma.store_wait(0)  # of the item before
-        o_tile.index(C).reshape([ROWS, COLUMNS]).store(o_i.to(O.dtype))
-        fence_async_shared()
-        store_tile(O, [head // H, head % H, i, 0], o_tile.index(C))
-        n_items += 1
+            some = l_i > 0  # False for a row that sees no key
+            l_some = gl.where(some, l_i, 1.0)
+            lse_i = gl.where(some, LN2 * (m_i + gl.log2(l_some)), float("-inf"))
+            gl.store(LSE + head.to(gl.int64) * Nq + rows, lse_i, mask=rows < Nq)
+            o_i = acc_i * gl.convert_layout(1 / l_some, gl.SliceLayout(1, ACC))[:, None]
+            tma.store_wait(0)  # of the tile before
+            o_tile.index(C).reshape([ROWS, COLUMNS]).store(o_i.to(O.dtype))
+            fence_async_shared()
+            store_tile(O, [head // H, head % H, i, 0], o_tile.index(C))
+            n += 1
     tma.store_wait(0)
 
 
@@ -314,19 +312,29 @@ def _masked(s_ij, rows, j, Nq, Nk, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _tile_and_head(item, N, heads, section, BLOCK: gl.constexpr, CAUSAL: gl.constexpr):
-    """The first row and the head of a work item, heads counted through all batches.
+def _pieces(N, heads, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
+    """How many pieces of work there are."""
+    tiles = gl.cdiv(N, BLOCK)
+    return heads * gl.cdiv(tiles, 2) if PAIRS else heads * tiles
 
-    Causal: the longest first, among the heads of a section, whose k and v fit L2 together.
+
+@gluon.jit
+def _piece(piece, N, BLOCK: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr):
+    """The head, heads counted through all batches, and the range of query tiles of a piece.
+
+    A pair is tile x and tile x from the end: all pairs of a head see as many keys.
     """
     tiles = gl.cdiv(N, BLOCK)
-    first = item // (section * tiles) * section
-    r = item % (section * tiles)
-    here = gl.minimum(section, heads - first)
-    tile, head = r // here, first + r % here
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    return tile * BLOCK, head
+    if PAIRS:
+        half = gl.cdiv(tiles, 2)
+        head, x = piece // half, piece % half
+        start, stop, step = x, tiles - x, gl.maximum(1, tiles - 1 - 2 * x)
+    else:
+        head, x = piece // tiles, piece % tiles
+        if CAUSAL:  # the longest first
+            x = tiles - 1 - x
+        start, stop, step = x, x + 1, 1
+    return head, start, stop, step
 
 
 @gluon.jit
@@ -358,16 +366,18 @@ def forward(q, k, v, problem, scale, tile):
         return torch.zeros_like(q), lse.fill_(-torch.inf)
     o = empty_like(q)
     columns = 64 if D <= 64 else 128
-    rows = 16 * tile.warps
-    Q, O = tiles_of(q, rows, columns), tiles_of(o, rows, columns)
+    Q, O = tiles_of(q, 64, columns), tiles_of(o, 64, columns)
     K, V = tiles_of(k, tile.block_k, columns), tiles_of(v, tile.block_k, columns)
-    items = triton.cdiv(Nq, tile.consumers * rows) * B * H
-    programs = min(items, triton_mode.sm_count(q.device)) if tile.persistent else items
+    pairs = tile.pairs and problem.causal
+    tiles = triton.cdiv(Nq, tile.consumers * 64)
+    pieces = B * H * (triton.cdiv(tiles, 2) if pairs else tiles)
+    programs = min(pieces, triton_mode.sm_count(q.device)) if tile.persistent else pieces
     forward_kernel[(programs,)](
-        Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, B * H, min(tile.section, B * H),
+        Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, B * H,
         COLUMNS=columns, CAUSAL=problem.causal, BLOCK_K=tile.block_k,
         CONSUMERS=tile.consumers, STAGES=tile.stages, REGISTERS=tile.registers,
-        OVERLAP=tile.mode, ROWS=rows, num_warps=tile.warps,
+        Q_PLACES=tile.q_places, PAIRS=pairs, EARLY_K=tile.early_k,
+        SKIP=tile.skip and problem.causal, IF_NEEDED=tile.if_needed, num_warps=4,
     )  # fmt: skip
     return without_padding(o, q.dtype), lse
 
@@ -376,6 +386,11 @@ def tiles_of(x, rows, columns):
     """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` × `columns`, zeros beyond D."""
     x = addressable(x)
     block = [1, 1, rows, columns]
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(x.dtype, *block))
+
+
+@functools.cache  # finding it takes longer than the launch
+def _layout(dtype, *block):
+    """How a tile lies in shared memory: swizzled, as the TMA writes it and wgmma reads it."""
+    dtype = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
