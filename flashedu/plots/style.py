@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 STAGE_MARKER = {
     "naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^",
-    "varlen": "<", "decode": "P",
+    "varlen": "<", "decode": "P", "flash3": "*",
 }  # fmt: skip
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
@@ -112,6 +112,7 @@ LIGHT = Look(
         "flash2": "#111111",
         "varlen": "#5E5E5E",  # beside flash2, never among the ladder
         "decode": "#868686",
+        "flash3": "#2E2E2E",
     },
     peer={  # ours are black
         "decode": "#111111",
@@ -168,6 +169,7 @@ DARK = Look(
         "flash2": "#FEFEFE",
         "varlen": "#C4C4C4",
         "decode": "#9C9C9C",
+        "flash3": "#ECECEC",
     },
     peer={
         "decode": "#F4F4F4",

@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 
 from flashedu.memory import hbm
+from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
-from flashedu.stages.contract import check
+from flashedu.stages.contract import check, dtype_name, refuse_gradients
 from flashedu.stages.descriptors import addressable, empty_like, without_padding
+from flashedu.stages.gluon_names import load_tile, store_tile
 
 import triton
 from triton.experimental import gluon
@@ -35,9 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashedu.stages.gluon_names import load_tile, store_tile  # isort: skip
-
 LOWEST = gl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row with no key gives 0
+TINY = torch.finfo(torch.float32).tiny
 LN2 = gl.constexpr(math.log(2))
 LOG2E = gl.constexpr(1 / math.log(2))
 
@@ -55,6 +56,60 @@ class Tile(NamedTuple):
     early_k: bool = False  # the first k of a query tile is loaded before its q
     skip: bool = False  # a consumer leaves out the key tiles that only its neighbours see
     if_needed: bool = False  # the mask of the first key tile only where it hides something
+
+
+TILES = {  # by columns: D, rounded up
+    64: Tile(3, registers=160, persistent=True, pairs=True, q_places=2, early_k=True, skip=True),
+    128: Tile(2, persistent=True, pairs=True, q_places=2, early_k=True),
+}
+
+
+def attention(q, k, v, *, causal=False, scale=None, machine=None):
+    """softmax(scale · q kᵀ) v on a Hopper GPU.
+
+    q: (B, H, Nq, D), D at most 128. k, v: (B, H_kv, Nk, D), H a multiple of H_kv. float16 or
+    bfloat16, on the GPU. Any strides.
+    causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
+    scale: 1/√D if None. machine: None, as no kernel of this stage can be counted.
+    Returns o: (B, H, Nq, D), of q's dtype.
+    Raises TypeError or ValueError for inputs outside this contract, RuntimeError on another card.
+    """
+    return attention_with_lse(q, k, v, causal=causal, scale=scale, machine=machine)[0]
+
+
+def attention_with_lse(q, k, v, *, causal=False, scale=None, machine=None):
+    """As `attention`; returns o and lse.
+
+    lse: (B, H, Nq), float32, the natural log of Σ exp(scale · q kᵀ) over the keys that a query
+    sees, −inf if it sees none.
+    """
+    problem, scale = check("flash3", q, k, v, causal=causal, scale=scale, machine=machine)
+    refuse_gradients("flash3", q, k, v)
+    _check_card(q)
+    triton_mode.check("flash3", q, machine)
+    if scale < TINY:  # the kernel wants a positive one
+        q, scale = (-q, -scale) if scale <= -TINY else (0 * q, 1.0)
+    if torch.compiler.is_compiling():
+        return flash3_op(q, k, v, problem.causal, scale)
+    return forward(q, k, v, problem, scale, TILES[columns(problem.D)])
+
+
+def columns(D):
+    """Columns of a tile in shared memory: the swizzles are for 64 and 128."""
+    return 64 if D <= 64 else 128
+
+
+def _check_card(q):
+    if triton_mode.INTERPRETED:
+        raise RuntimeError(
+            "stage 'flash3' needs a Hopper GPU, and kernels are interpreted here; "
+            "stage 'flash2' would do"
+        )
+    if q.is_cuda and triton_mode.capability(q) != (9, 0):
+        raise RuntimeError(
+            f"q must be on a Hopper GPU for stage 'flash3', got "
+            f"{torch.cuda.get_device_name(q.device)}; stage 'flash2' would do"
+        )
 
 
 @gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads"])
@@ -76,7 +131,8 @@ def forward_kernel(
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
 
-    q_tile, k_tiles, v_tiles = (q_i, q_full, q_empty), (k_j, k_full, k_empty), (v_j, v_full, v_empty)
+    q_tile = (q_i, q_full, q_empty)
+    k_tiles, v_tiles = (k_j, k_full, k_empty), (v_j, v_full, v_empty)
     sizes = (H, group, Nq, Nk, heads)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
@@ -89,7 +145,8 @@ def forward_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
                 (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [1], [24],
@@ -97,8 +154,10 @@ def forward_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
-                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
+                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
                 (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [4, 1], [REGISTERS, 24],
@@ -106,9 +165,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
-                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
-                (_consume, (third, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes, causal, pairs, skip, if_needed)),
+                (_consume, (first, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
+                (_consume, (second, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
+                (_consume, (third, q_tile, k_tiles, v_tiles, o_i, O, LSE, scale, sizes,
+                            causal, pairs, skip, if_needed)),
                 (_produce, (Q, K, V, q_tile, k_tiles, v_tiles, sizes, causal, pairs, early_k)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
@@ -136,7 +198,8 @@ def _produce(
     H, group, Nq, Nk, heads = sizes
     n = 0
     t = 0
-    for piece in range(gl.program_id(0), _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS), gl.num_programs(0)):
+    pieces = _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
         head, start, stop, step = _piece(piece, Nq, CONSUMERS * ROWS, CAUSAL, PAIRS)
         b, h = head // H, head % H
         for tile in range(start, stop, step):
@@ -167,7 +230,8 @@ def _fill_q(Q, b, h, i, q_tile, n):
     mbarrier.wait(empty.index(place), phase ^ 1)
     mbarrier.expect(full.index(place), CONSUMERS * Q.block_type.nbytes)
     for c in gl.static_range(CONSUMERS):
-        load_tile(Q, [b, h, i + c * ROWS, 0], full.index(place), places.index(place * CONSUMERS + c))
+        q_c = places.index(place * CONSUMERS + c)
+        load_tile(Q, [b, h, i + c * ROWS, 0], full.index(place), q_c)
 
 
 @gluon.jit
@@ -194,12 +258,13 @@ def _consume(
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, BLOCK_K, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, COLUMNS, 16])
-    H, group, Nq, Nk, heads = sizes
+    H, _, Nq, Nk, heads = sizes
     scale_log2 = scale * LOG2E
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
     n = 0
     t = 0
-    for piece in range(gl.program_id(0), _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS), gl.num_programs(0)):
+    pieces = _pieces(Nq, heads, CONSUMERS * ROWS, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
         head, start, stop, step = _piece(piece, Nq, CONSUMERS * ROWS, CAUSAL, PAIRS)
         for tile in range(start, stop, step):
             i = tile * CONSUMERS * ROWS
@@ -243,7 +308,9 @@ def _consume(
                     v_j, v_empty = _full(v_tiles, t - 1)
                     acc_i = warpgroup_mma(p_16, v_j, acc_i, is_async=True)
                     k_j, k_empty = _full(k_tiles, t)
-                    s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    s_ij = warpgroup_mma(
+                        q_i, k_j.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
                     acc_i, s_ij, p_16 = warpgroup_mma_wait(0, deps=[acc_i, s_ij, p_16])
                     mbarrier.arrive(v_empty, count=1)
                     mbarrier.arrive(k_empty, count=1)
@@ -365,16 +432,15 @@ def forward(q, k, v, problem, scale, tile):
     if 0 in (B, Nq, Nk):
         return torch.zeros_like(q), lse.fill_(-torch.inf)
     o = empty_like(q)
-    columns = 64 if D <= 64 else 128
-    Q, O = tiles_of(q, 64, columns), tiles_of(o, 64, columns)
-    K, V = tiles_of(k, tile.block_k, columns), tiles_of(v, tile.block_k, columns)
+    Q, O = tiles_of(q, 64), tiles_of(o, 64)
+    K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
     pairs = tile.pairs and problem.causal
     tiles = triton.cdiv(Nq, tile.consumers * 64)
     pieces = B * H * (triton.cdiv(tiles, 2) if pairs else tiles)
     programs = min(pieces, triton_mode.sm_count(q.device)) if tile.persistent else pieces
     forward_kernel[(programs,)](
         Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, B * H,
-        COLUMNS=columns, CAUSAL=problem.causal, BLOCK_K=tile.block_k,
+        COLUMNS=columns(D), CAUSAL=problem.causal, BLOCK_K=tile.block_k,
         CONSUMERS=tile.consumers, STAGES=tile.stages, REGISTERS=tile.registers,
         Q_PLACES=tile.q_places, PAIRS=pairs, EARLY_K=tile.early_k,
         SKIP=tile.skip and problem.causal, IF_NEEDED=tile.if_needed, num_warps=4,
@@ -382,10 +448,10 @@ def forward(q, k, v, problem, scale, tile):
     return without_padding(o, q.dtype), lse
 
 
-def tiles_of(x, rows, columns):
-    """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` × `columns`, zeros beyond D."""
+def tiles_of(x, rows):
+    """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` rows, with zeros beyond D."""
     x = addressable(x)
-    block = [1, 1, rows, columns]
+    block = [1, 1, rows, columns(x.shape[3])]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(x.dtype, *block))
 
 
@@ -394,3 +460,21 @@ def _layout(dtype, *block):
     """How a tile lies in shared memory: swizzled, as the TMA writes it and wgmma reads it."""
     dtype = gl.float16 if dtype == torch.float16 else gl.bfloat16
     return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
+# for torch.compile, which takes it whole
+
+
+@torch.library.custom_op("flashedu::flash3", mutates_args=())
+def flash3_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward`, as an operator."""
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    p = Problem(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype_name(q), causal=causal)
+    return forward(q, k, v, p, scale, TILES[columns(D)])
+
+
+@flash3_op.register_fake
+def _(q, k, v, causal, scale):
+    return without_padding(empty_like(q), q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -4,8 +4,9 @@ Gluon is Triton's lower floor: the kernel says which warps do what, where tiles 
 for whom. It is marked experimental, and renames things.
 """
 
-import triton
-from triton.experimental.gluon.language.nvidia.hopper import tma
+import flashedu.stages.triton_mode  # noqa: F401  before Triton
+
+import triton  # isort: skip
 
 OLDEST, NEWEST = (3, 6), (3, 9)  # every kernel was compiled with each from here to there
 
@@ -16,6 +17,8 @@ if not OLDEST <= version <= NEWEST:
         f"{'.'.join(map(str, NEWEST))}, got {triton.__version__}: its Gluon has other names; "
         "stage 'flash2' would do"
     )
+
+from triton.experimental.gluon.language.nvidia.hopper import tma  # noqa: E402
 
 if version >= (3, 9):
     load_tile = tma.async_load
