@@ -122,9 +122,10 @@ def _check_card(q):
 def forward_kernel(
     Q, K, V, O, LSE, scale, H, group, Nq, Nk, pieces,
     COLUMNS: gl.constexpr, CAUSAL: gl.constexpr,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of all query tiles, CONSUMERS · 64 rows each. Here the warps part."""
+    """o and lse of all query tiles. Here the warps part."""
+    CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     q_tiles = _places(Q, Q_TILES * CONSUMERS, ROWS, COLUMNS, 1)
     k_tiles = _places(K, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
     v_tiles = _places(V, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
@@ -361,12 +362,13 @@ def forward(q, k, v, problem, scale):
     Q, O = tiles_of(q, ROWS.value), tiles_of(o, ROWS.value)
     K, V = tiles_of(k, BLOCK_K.value), tiles_of(v, BLOCK_K.value)
     consumers = consumers_for(columns(D), problem.causal, Nk)
-    tiles = triton.cdiv(Nq, consumers * ROWS.value)
+    block_q = consumers * ROWS.value
+    tiles = triton.cdiv(Nq, block_q)
     pieces = B * H * (triton.cdiv(tiles, 2) if problem.causal else tiles)
     forward_kernel[(min(pieces, triton_mode.sm_count(q.device)),)](
         Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, pieces,
         COLUMNS=columns(D), CAUSAL=problem.causal,
-        CONSUMERS=consumers, REGISTERS=registers_for(consumers), num_warps=4,
+        BLOCK_Q=block_q, REGISTERS=registers_for(consumers), num_warps=4,
     )  # fmt: skip
     return without_padding(o, q.dtype), lse
 
