@@ -31,7 +31,7 @@ from flashedu.bench import compiled
 
 REGISTERS, THREADS_OF_A_WARPGROUP = 64 * 2**10, 128  # of an SM
 SRAM_BYTES = {card.sram_bytes_per_program for card in GPUS if card.compute_capability == (9, 0)}
-CASES = [(64, True), (64, False), (128, True)]
+CASES = [(64, True, 4096), (64, False, 1024), (128, True, 1024)]  # D, causal, N
 SPILLED = {(64, False): 56}  # bytes; each once a query tile, none in a loop over keys
 
 
@@ -51,8 +51,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def compile_in_this_process() -> None:
     """Print, for each case, the PTX, what ptxas says of it, and the record's row, as JSON."""
-    cases = [compiled.Case("flash3", (9, 0), D, "float16", causal, 4096) for D, causal in CASES]
-    launches = [launch for case in cases for launch in compiled._launches(case)]
+    launches = [
+        launch
+        for D, causal, N in CASES
+        for launch in compiled._launches(
+            compiled.Case("flash3", (9, 0), D, "float16", causal=causal, N=N)
+        )
+    ]
     with ThreadPoolExecutor(2) as pool:  # the compiler leaves Python's lock
         print(json.dumps(list(pool.map(_what_is_made_of, launches))))
 

@@ -26,6 +26,7 @@ STAGE_MARKER = {
 PEER_LINE = {
     "decode": ("d", "-."),
     "flash2": ("D", "-"),
+    "flash3": ("h", ":"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
     "sdpa-flash": ("o", "--"),
@@ -117,6 +118,7 @@ LIGHT = Look(
     peer={  # ours are black
         "decode": "#111111",
         "flash2": "#111111",
+        "flash3": "#111111",
         "flash1": "#111111",
         "sdpa-cudnn": "#5A5A5A",
         "sdpa-flash": "#5A5A5A",
@@ -174,6 +176,7 @@ DARK = Look(
     peer={
         "decode": "#F4F4F4",
         "flash2": "#F4F4F4",
+        "flash3": "#F4F4F4",
         "flash1": "#F4F4F4",
         "sdpa-cudnn": "#BEBEBE",
         "sdpa-flash": "#BEBEBE",
