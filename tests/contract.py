@@ -69,6 +69,11 @@ class Subject:
         return not self.tile_sizes and not self.slow
 
     @property
+    def hopper_only(self) -> bool:
+        """Whether its tiles are its own, and larger than the sizes here: see `many_tiles`."""
+        return rung(self.name).hopper_only
+
+    @property
     def precise(self) -> str:
         """float32, or the stage's own."""
         return "float32" if "float32" in self.dtypes else self.dtypes[0]
@@ -406,6 +411,20 @@ def check_all_of_many_keys_are_seen(subject: Subject) -> None:
         p = Problem(Nq=3, Nk=4101, D=8, dtype=subject.precise, causal=causal, block_q=4,
                     block_k=128)  # fmt: skip
         subject.assert_right(p, subject.draw(p), "o lse dq dk dv")
+
+
+@needs("hopper_only")
+def check_many_tiles_are_right(subject: Subject) -> None:
+    """Several query tiles and key tiles, the last not full, and many pieces for each of 5 SMs."""
+    from flashedu.stages import triton_mode
+
+    turns = itertools.cycle(FAMILIES)
+    lengths = (700, 900), (1100, 2300), (900, 300)
+    for (Nq, Nk), D, causal in itertools.product(lengths, (64, 128), (False, True)):
+        dtype, family = subject.dtypes[D // 64 % 2], next(turns)
+        p = Problem(B=2, H=6, H_kv=3, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype)
+        with mock.patch.object(triton_mode, "sm_count", lambda device: 5), case(family):
+            subject.assert_right(p, subject.draw(p, family), "o lse dq dk dv")
 
 
 # the mask

@@ -148,7 +148,7 @@ def test_a_rung_is_what_its_module_is(stage: Rung) -> None:
 def test_a_rung_that_says_it_has_gradients_has_them(stage: Rung) -> None:
     if stage.missing():
         pytest.skip(stage.missing())
-    q = torch.ones(1, 1, 3, 2, requires_grad=True)
+    q = torch.ones(1, 1, 3, 2, dtype=getattr(torch, stage.dtypes[0]), requires_grad=True)
     if stage.backward:
         assert stage.load().attention(q, q, q).requires_grad
         return
