@@ -94,7 +94,7 @@ def test_the_same_mechanism_passes_the_compiled_kernels(stage: str) -> None:
 
 @every_rung
 def test_results_stay_on_the_card(stage: Rung) -> None:
-    q, k, v, _ = drawn(P.replace(dtype="float32"))
+    q, k, v, _ = drawn(P.replace(dtype=stage.dtypes[0]))
     o, lse = stage.load().attention_with_lse(q, k, v)
     assert o.device == lse.device == q.device
 
@@ -218,7 +218,7 @@ def test_flash3_gives_the_same_bits_each_time(D: int, causal: bool) -> None:
 
 
 @on_hopper
-def test_ten_thousand_launches_of_any_shape_come_to_an_end() -> None:
+def test_ten_thousand_launches_of_flash3_on_any_shape_come_to_an_end() -> None:
     """Its warps wait for one another: a miscount would stop them for good. Each hundredth launch
     is held against float64."""
     rng, flash3 = np.random.default_rng(0), rung("flash3").load()
