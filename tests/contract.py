@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from flashedu.memory import Machine, Problem, cost, hbm
-from flashedu.stages import ANY_TILES, GPU_TILES, Rung, contract, rung
+from flashedu.stages import ANY_TILES, Rung, contract, rung
 from flashedu.stages.reference import Reference
 from flashedu.stages.runs import Runs, packed
 from flashedu.testing import assert_right, draw
@@ -61,12 +61,22 @@ class Subject:
     @property
     def slow(self) -> bool:
         """Whether it is a Triton kernel: interpreted, or compiled for each size and dtype."""
-        return self.tile_sizes == GPU_TILES
+        return rung(self.name).is_triton
 
     @property
     def rounds_scores(self) -> bool:
         """Whether S is stored in the precision of the inputs."""
-        return not self.tile_sizes
+        return not self.tile_sizes and not self.slow
+
+    @property
+    def hopper_only(self) -> bool:
+        """Whether its tiles are its own, and larger than the sizes here: see `many_tiles`."""
+        return rung(self.name).hopper_only
+
+    @property
+    def precise(self) -> str:
+        """float32, or the stage's own."""
+        return "float32" if "float32" in self.dtypes else self.dtypes[0]
 
     def run(self, p: Problem, q: Array, k: Array, v: Array, do: Array = None, **options: Any):
         """All that the rung can give: o; lse and the gradients, where it has them."""
@@ -317,7 +327,8 @@ def reference_of_lse(p: Problem, q: Array, k: Array, w: Array) -> tuple[Array, A
 
 
 def check_every_head_size_is_right(subject: Subject) -> None:
-    sizes = itertools.product(HEAD_SIZES, (False, True))
+    head_sizes = [D for D in HEAD_SIZES if rung(subject.name).largest_D >= D]
+    sizes = itertools.product(head_sizes, (False, True))
     for (D, causal), dtype in in_every_dtype(subject, sizes):
         p = Problem(B=2, H=3, Nq=17, Nk=19, D=D, dtype=dtype, causal=causal, block_q=8, block_k=4)
         p = p.replace(B=1) if subject.slow else p
@@ -397,8 +408,23 @@ def check_long_sums_keep_their_precision(subject: Subject) -> None:
 def check_all_of_many_keys_are_seen(subject: Subject) -> None:
     """The last keys of many weigh little: a loose tolerance does not miss them."""
     for causal in (False, True):
-        p = Problem(Nq=3, Nk=4101, D=8, dtype="float32", causal=causal, block_q=4, block_k=128)
+        p = Problem(Nq=3, Nk=4101, D=8, dtype=subject.precise, causal=causal, block_q=4,
+                    block_k=128)  # fmt: skip
         subject.assert_right(p, subject.draw(p), "o lse dq dk dv")
+
+
+@needs("hopper_only")
+def check_many_tiles_are_right(subject: Subject) -> None:
+    """Several query tiles and key tiles, the last not full, and many pieces for each of 5 SMs."""
+    from flashedu.stages import triton_mode
+
+    turns = itertools.cycle(FAMILIES)
+    lengths = (700, 900), (1100, 2300), (900, 300)
+    for (Nq, Nk), D, causal in itertools.product(lengths, (64, 128), (False, True)):
+        dtype, family = subject.dtypes[D // 64 % 2], next(turns)
+        p = Problem(B=2, H=6, H_kv=3, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype)
+        with mock.patch.object(triton_mode, "sm_count", return_value=5), case(family):
+            subject.assert_right(p, subject.draw(p, family), "o lse dq dk dv")
 
 
 # the mask

@@ -34,6 +34,8 @@ pytestmark = [
 ]
 
 ON_A_CARD = [r for r in RUNGS if r.framework == "torch" and r.missing() is None]
+WITHOUT = {r.name: reason for r in RUNGS if (reason := r.missing()) is not None}
+on_hopper = pytest.mark.skipif("flash3" in WITHOUT, reason=WITHOUT.get("flash3", ""))
 every_rung = pytest.mark.parametrize("stage", ON_A_CARD, ids=[r.name for r in ON_A_CARD])
 P = Problem(B=2, H=4, H_kv=2, Nq=67, Nk=131, D=40, block_q=32, block_k=48)
 
@@ -92,14 +94,19 @@ def test_the_same_mechanism_passes_the_compiled_kernels(stage: str) -> None:
 
 @every_rung
 def test_results_stay_on_the_card(stage: Rung) -> None:
-    q, k, v, _ = drawn(P.replace(dtype="float32"))
+    q, k, v, _ = drawn(P.replace(dtype=stage.dtypes[0]))
     o, lse = stage.load().attention_with_lse(q, k, v)
     assert o.device == lse.device == q.device
 
 
-def test_the_default_stage_on_a_card_is_flash2() -> None:
+def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3() -> None:
     q, k, v, _ = drawn(P)
-    assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage="flash2"))
+    want = "flash2" if "flash3" in WITHOUT else "flash3"
+    assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage=want))
+    for x in (q.float(), q.repeat(1, 1, 1, 4), q.detach().requires_grad_()):
+        o = flashedu.attention(x, x, x)
+        assert torch.equal(o, flashedu.attention(x, x, x, stage="flash2"))
+        assert o.requires_grad == x.requires_grad
     machine = Machine()
     flashedu.attention(q, k, v, machine=machine)  # which compiled kernels cannot count
     assert machine.launches == ["online"]
@@ -156,7 +163,9 @@ def test_long_sequences_are_right(N: int, D: int, causal: bool) -> None:
     assert not got.dq[:, :, :-32].any()
 
 
-@pytest.mark.parametrize("stage", ["flash1", "flash2", "decode"])
+@pytest.mark.parametrize(
+    "stage", ["flash1", "flash2", "decode", pytest.param("flash3", marks=on_hopper)]
+)
 def test_tensors_of_more_than_2_to_the_31_elements_are_right(stage: str) -> None:
     """The last head lies beyond what 32 bits can address, in each tensor."""
     B, H, N, D = 17, 128, 8192, 128
@@ -176,6 +185,100 @@ def test_more_heads_than_a_grid_is_high_are_right() -> None:
     q, k, v, do = drawn(p)
     got = run("flash2", q, k, v, do)
     assert_right(Reference(*(x[-1:] for x in got)), *(x[-1:] for x in (q, k, v, do)))
+
+
+# flash3
+
+
+@on_hopper
+@pytest.mark.parametrize("N", [4096, 16384, 65537])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_by_flash3_are_right(N: int, D: int, causal: bool) -> None:
+    """The first queries and the last."""
+    q, k, v = random(3, 1, 2, N, D)
+    q = 3 * q  # a peaked softmax
+    o, lse = rung("flash3").load().attention_with_lse(q, k, v, causal=causal)
+    assert_right(Reference(o[:, :, -32:], lse[:, :, -32:]), q[:, :, -32:], k, v, causal=causal)
+    if causal:
+        k, v = k[:, :, :200], v[:, :, :200]
+        few = Reference(o[:, :, :200], lse[:, :, :200])
+        assert_right(few, q[:, :, :200], k, v, causal=True)
+
+
+@on_hopper
+@pytest.mark.parametrize("D", [7, 64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash3_gives_the_same_bits_each_time(D: int, causal: bool) -> None:
+    q, k, v, _ = drawn(P.replace(B=4, H=32, D=D, Nq=700, Nk=900))
+    flash3 = rung("flash3").load()
+    first = flash3.attention_with_lse(q, k, v, causal=causal)
+    for _ in range(50):
+        assert all(map(torch.equal, flash3.attention_with_lse(q, k, v, causal=causal), first))
+
+
+@on_hopper
+def test_ten_thousand_launches_of_flash3_on_any_shape_come_to_an_end() -> None:
+    """Its warps wait for one another: a miscount would stop them for good. Each hundredth launch
+    is held against float64."""
+    rng, flash3 = np.random.default_rng(0), rung("flash3").load()
+    for launch in range(10_000):
+        B, H_kv, group = (int(n) for n in rng.integers(1, 4, 3))
+        (Nq, Nk), D = (int(n) for n in 2 ** rng.uniform(0, 10, 2)), int(rng.choice([64, 128]))
+        shapes = (B, H_kv * group, Nq, D), (B, H_kv, Nk, D), (B, H_kv, Nk, D)
+        q, k, v = (torch.randn(x, device="cuda", dtype=torch.bfloat16) for x in shapes)
+        causal = bool(launch % 2)
+        o, lse = flash3.attention_with_lse(q, k, v, causal=causal)
+        if launch % 100 == 0 or launch % 100 == 51:
+            assert_right(Reference(o, lse), q, k, v, causal=causal)
+    torch.cuda.synchronize()
+
+
+@on_hopper
+@pytest.mark.filterwarnings("default")  # torch.compile warns, by version
+@pytest.mark.parametrize("D", [40, 128])
+def test_torch_compile_gives_the_bits_of_flash3(D: int) -> None:
+    q, k, v, _ = drawn(P.replace(D=D))
+    flash3 = rung("flash3").load()
+
+    def attend(q, k, v):
+        return flash3.attention_with_lse(q, k, v, causal=True)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    assert all(map(torch.equal, compiled(q, k, v), attend(q, k, v)))
+
+
+@on_hopper
+def test_the_operator_of_flash3_passes_opcheck() -> None:
+    q, k, v, _ = drawn(P)
+    found = torch.library.opcheck(rung("flash3").load().flash3_op, (q, k, v, True, 0.25))
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@on_hopper
+def test_a_cuda_graph_replays_flash3() -> None:
+    q, k, v, _ = drawn(P)
+    flash3 = rung("flash3").load()
+    want = flash3.attention(q, k, v)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = flash3.attention(q, k, v)
+    o.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, want)
+
+
+@on_hopper
+def test_flash3_says_what_it_does_not_take() -> None:
+    q, k, v, _ = drawn(P)
+    flash3 = rung("flash3").load()
+    with pytest.raises(ValueError, match="must not require gradients for stage 'flash3'"):
+        flash3.attention(q.requires_grad_(), k, v)
+    with pytest.raises(ValueError, match="machine must be None for stage 'flash3'"):
+        flash3.attention(q.detach(), k, v, machine=Machine())
+    with pytest.raises(ValueError, match="q must be on cuda for stage 'flash3', got cpu"):
+        flash3.attention(q.detach().cpu(), k.cpu(), v.cpu())
 
 
 # texts of different lengths, packed

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from flashedu.integrations.transformers import attention_report
+from flashedu.stages import rung
 from tests.test_transformers import (
     FAMILIES,
     IDS,
@@ -58,6 +59,22 @@ def test_every_token_is_eagers(family: str, way: str) -> None:
     assert not report.slower
     assert {stage for ran in report.stages.values() for stage in ran} == {"decode"}  # 22 rows
     assert torch.equal(tokens, generated(build(family, "eager").cuda(), **WAYS[way]))
+
+
+@pytest.mark.skipif(
+    rung("flash3").missing() is not None, reason=rung("flash3").missing() or "it runs here"
+)
+def test_a_model_in_half_precision_takes_flash3_and_its_logits_are_as_exact_as_eager() -> None:
+    half, longer = torch.bfloat16, dict(max_position_embeddings=128)
+    model = build("llama", "FlashEdu", half, **longer).cuda()
+    exact, eager = (build("llama", "eager", x, **longer).cuda() for x in (torch.float32, half))
+    ids = torch.randint(3, 60, (2, 100), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad(), attention_report(model) as report:
+        got, want = model(ids).logits, exact(ids).logits
+    assert {stage for ran in report.stages.values() for stage in ran} == {"flash3"}
+    with torch.no_grad():
+        of_eager = (eager(ids).logits - want).norm()
+    assert (got - want).norm() <= 2 * of_eager
 
 
 def test_a_long_padded_prompt_goes_to_varlen_and_its_tokens_are_eagers() -> None:

@@ -86,6 +86,7 @@ OUTPUTS, LSE, GRADIENTS = (
 BLIND = "rows_that_see_no_key_give_zero"
 LARGE = "large_logits_stay_finite"
 MANY_KEYS = "all_of_many_keys_are_seen"
+MANY_TILES = "many_tiles_are_right"
 FUTURE = "future_keys_do_not_change_past_outputs"
 HEADS = "each_head_reads_its_own_key_head"
 LONG = "long_sums_keep_their_precision"
@@ -507,6 +508,36 @@ MUTANTS = [
            "                sram.hold(s_ij=s_ij)\n", ""),
     Mutant("online", "dq read and written for hidden tiles too", COUNTED_BACKWARD,
            "max(0, j.start - (Nk - Nq)) if problem.causal else 0", "0"),
+    # flash3: on a Hopper card only. No mistake here makes a warp wait for what never comes.
+    Mutant("flash3", "acc is not rescaled", MANY_KEYS,
+           "acc_i = acc_i * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]", "pass"),
+    Mutant("flash3", "l is not rescaled", MANY_KEYS,
+           "l_i = alpha * l_i + gl.sum(p_ij, 1)", "l_i = l_i + gl.sum(p_ij, 1)"),
+    Mutant("flash3", "no maximum subtracted", LARGE,
+           "m_new = gl.maximum(m_i, scale_log2 * gl.max(s_ij, 1))", "m_new = m_i * 0"),
+    Mutant("flash3", "the mask is off by one: a key too many", FUTURE,
+           "rows[:, None] + (Nk - Nq)", "rows[:, None] + (Nk - Nq + 1)"),
+    Mutant("flash3", "the mask is off by one: a key too few", OUTPUTS,
+           "cols[None, :] <= rows[:, None]", "cols[None, :] < rows[:, None]"),
+    Mutant("flash3", "keys that do not exist are seen", OUTPUTS,
+           "visible = (cols < Nk)[None, :]", "visible = (cols < Nk + BLOCK_K)[None, :]"),
+    Mutant("flash3", "only the last key tile is masked", MANY_TILES,
+           "masked = seen_by_any - seen_by_all", "masked = 1"),
+    Mutant("flash3", "the second query tile of a pair is left out", WRITTEN,
+           "stop, step = tiles - x,", "stop, step = tiles - x - 1,"),
+    Mutant("flash3", "a consumer takes the queries of its neighbour", MANY_TILES,
+           "i = tile * BLOCK_Q + C * ROWS", "i = tile * BLOCK_Q + (C + 1) % CONSUMERS * ROWS"),
+    Mutant("flash3", "the wrong key head", HEADS,
+           "_fill(K, b, h // group, j,", "_fill(K, b, h % (H // group), j,"),
+    Mutant("flash3", "divided by a sum of 0", BLIND,
+           "l_some = gl.where(some, l_i, 1.0)", "l_some = l_i"),
+    Mutant("flash3", "-inf − -inf: a row with no key gives NaN", BLIND,
+           "torch.finfo(torch.float32).min)", 'float("-inf"))'),
+    Mutant("flash3", "lse in base 2", LSE,
+           "LN2 * (m_i + gl.log2(l_some))", "m_i + gl.log2(l_some)"),
+    Mutant("flash3", "the caller's scale is ignored", ANY_SCALE,
+           "return forward(q, k, v, problem, scale)",
+           "return forward(q, k, v, problem, problem.D**-0.5)"),
     Mutant("naive", "S read once more", COUNTED, "s = S.load()", "s = S.load(); S.load()"),
     Mutant("tiled", "four passes over k", COUNTED,
            "            l_i = np.where(l_i == 0, 1, l_i)",
@@ -516,7 +547,7 @@ MUTANTS = [
 
 
 RUNS_HERE = {r.name for r in RUNGS if r.missing() is None}
-KERNELS = {r.name for r in RUNGS if r.is_triton}
+KERNELS = {r.name for r in RUNGS if r.is_triton and r.name in RUNS_HERE}
 COMPILED = KERNELS if torch.cuda.is_available() else set()  # see test_gpu.py
 ON_THE_CPU = [m for m in MUTANTS if m.stage in RUNS_HERE - COMPILED and not m.gpu_only]
 

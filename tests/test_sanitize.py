@@ -117,10 +117,12 @@ def test_a_log_without_a_summary_is_not_a_clean_one(log, why):
 
 def test_all_kernels_are_launched_with_right_input_and_all_tables_and_runs_with_wrong():
     wanted = sanitize.plan()
-    assert {case.peer for case in wanted if case.astray is None} == {
+    peers = {case.peer for case in wanted if case.astray is None}
+    assert peers - {"flash3"} == {
         "flash1", "flash2", "varlen", "decode", "decode, runs",
         "paged-16", "paged-64", "paged-256", "paged_varlen",
     }  # fmt: skip
+    assert ("flash3" in peers) == (rung("flash3").missing() is None)
     astray = {(case.peer, case.astray) for case in wanted if case.astray}
     assert astray == {
         *(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +309,29 @@ class TestGeneration:
 
 # stages by name
 
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Callable[..., str]:
+    """Queries, and what else is special → the stage that "FlashEdu" takes on such a card."""
+    for name in ("flash2", "flash3") if capability == (9, 0) else ("flash2",):
+        monkeypatch.setitem(ours._loaded, name, None)
+    card = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    def chosen(
+        n_queries: int, *, D: int = 64, runs: Any = None, requires_grad: bool = False,
+        dtype: torch.dtype = torch.float16,
+    ) -> str:  # fmt: skip
+        q, k = (
+            SimpleNamespace(
+                is_cuda=True, device="cuda", requires_grad=requires_grad, dtype=dtype, shape=shape
+            )
+            for shape in ((2, 8, n_queries, D), (2, 2, 4096, D))
+        )
+        return ours.stage_for(q, k, k, runs)  # type: ignore[arg-type]
+
+    return chosen
+
+
 FEW = IDS[:2, :6]
 FEW_MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 needs_interpreter = pytest.mark.skipif(
@@ -385,27 +409,26 @@ class TestStages:
     def test_few_queries_on_a_gpu_go_to_decode_and_others_where_their_mask_says(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(ours._loaded, "flash2", None)
-
-        class OnGPU:
-            is_cuda = True
-            requires_grad = False
-            dtype = torch.float16
-
-            def __init__(self, *shape: int) -> None:
-                self.shape = shape
-
-        def chosen(n_queries: int, runs: Any = None) -> str:
-            q, k = OnGPU(2, 8, n_queries, 64), OnGPU(2, 2, 4096, 64)
-            return ours.stage_for(q, k, k, runs)  # type: ignore[arg-type]
-
-        assert chosen(1) == chosen(16) == chosen(16, Runs) == "decode"
+        chosen = on_a_gpu(monkeypatch, (8, 0))
+        assert chosen(1) == chosen(16) == chosen(16, runs=Runs) == "decode"
         assert chosen(17) == "flash2"
-        assert chosen(17, Runs) == "varlen"
-        OnGPU.requires_grad = True
-        assert chosen(1) == "flash2"
-        OnGPU.dtype = torch.float64
-        assert chosen(17) == "online"
+        assert chosen(17, runs=Runs) == "varlen"
+        assert chosen(1, requires_grad=True) == "flash2"
+        assert chosen(17, dtype=torch.float64) == "online"
+
+    def test_on_a_hopper_gpu_flash3_takes_what_it_can_and_flash2_the_rest(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chosen = on_a_gpu(monkeypatch, (9, 0))
+        assert chosen(16) == "decode"
+        assert chosen(17) == chosen(17, D=128) == chosen(17, dtype=torch.bfloat16) == "flash3"
+        assert chosen(17, D=136) == chosen(17, dtype=torch.float32) == "flash2"
+        assert chosen(17, requires_grad=True) == "flash2"
+        with torch.no_grad():
+            assert chosen(17, requires_grad=True) == "flash3"
+        assert chosen(17, runs=Runs) == "varlen"
+        monkeypatch.delitem(ours._loaded, "flash3")  # a Triton whose Gluon has other names
+        assert chosen(17) == "flash2"
 
 
 # what no stage does

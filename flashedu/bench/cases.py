@@ -12,6 +12,7 @@ from flashedu.memory.problem import ITEM_BYTES
 
 PEERS = {  # name → as a reader knows it
     "flash2": "flash2",
+    "flash3": "flash3",
     "flash1": "flash1",
     "standard": "standard",
     "sdpa-flash": "SDPA flash",
@@ -35,8 +36,9 @@ PEERS = {  # name → as a reader knows it
     "hf-sdpa": "sdpa",
     "hf-eager": "eager",
 }
-AT_SPEED = ("flash2", "flash1", "standard", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex",
-            "sdpa-math")  # fmt: skip
+AT_SPEED = ("flash2", "flash3", "flash1", "standard", "sdpa-flash", "sdpa-cudnn",
+            "sdpa-efficient", "flex", "sdpa-math")  # fmt: skip
+FORWARD_ONLY = ("flash3", "flash1")
 USUAL = tuple(name for name in AT_SPEED if name != "sdpa-math")
 DRAWN = (*AT_SPEED, "decode", "copy")  # in figures
 HIDDEN = 2048  # H · D
@@ -189,7 +191,7 @@ def _speed(choice: Choice) -> Iterator[Case]:
             for n in choice.n:
                 for pass_ in choice.passes:
                     peers = AT_SPEED if choice.peers else USUAL
-                    peers = tuple(x for x in peers if x != "flash1" or pass_ == "fwd")
+                    peers = tuple(x for x in peers if x not in FORWARD_ONLY or pass_ == "fwd")
                     yield Case("speed", shape(choice, n, d, causal), pass_, peers)
 
 

@@ -3,6 +3,7 @@
     python -m flashedu.bench.compiled [--gpu h200]    the kernels for this card, as a table
     python -m flashedu.bench.compiled --write         for all cards, as JSON in benchmarks/results/:
                                                       some ten minutes
+    … --write --stage flash3                          this stage; the record keeps the other rows
 
 A stage launches its kernels as ever, on arrays without memory (torch's "meta" device). Triton's
 hook takes each launch before it happens, with its arguments, alignments and tile, and the kernel is
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -98,20 +100,25 @@ def cases(
     masks: Iterable[bool] = (False, True),
 ) -> Iterator[Case]:
     """One case for each stage and combination; a longer N only if it has tiles of its own."""
+    for stage, capability, D, dtype, causal in itertools.product(
+        LAUNCHES, tuple(capabilities), tuple(head_sizes), tuple(dtypes), tuple(masks)
+    ):
+        if stage == "flash3" and not (capability == (9, 0) and dtype == "float16" and D <= 128):
+            continue
+        every = [Case(stage, capability, D, dtype, causal, N) for N in LENGTHS]
+        shortest = {_tiles(case): case.N for case in reversed(every)}
+        yield from (case for case in every if case.N in shortest.values())
+
+
+def _tiles(case: Case) -> Any:
+    if case.stage == "flash3":
+        from flashedu.stages import flash3
+
+        return flash3.consumers_for(flash3.columns(case.D), case.causal, case.N)
     from flashedu.stages.flash2_tiles import tiles_for
 
-    for stage in LAUNCHES:
-        for capability in capabilities:
-            for D in head_sizes:
-                for dtype in dtypes:
-                    for causal in masks:
-                        item = ITEM_BYTES[dtype]
-                        shortest = {
-                            tiles_for(capability, D, item, causal=causal, N=N): N
-                            for N in reversed(LENGTHS)
-                        }
-                        for N in sorted(shortest.values()):
-                            yield Case(stage, capability, D, dtype, causal, N)
+    item = ITEM_BYTES[case.dtype]
+    return tiles_for(case.capability, case.D, item, causal=case.causal, N=case.N)
 
 
 def recorded_cases() -> list[Case]:
@@ -264,6 +271,12 @@ def _launch_paged_varlen(q: Any, problem: Problem, tiles: Any) -> None:
         paged_varlen.forward(rows, kv, kv, step, 1.0, UNCOUNTED)
 
 
+def _launch_flash3(q: Any, problem: Problem, tiles: Any) -> None:
+    from flashedu.stages import flash3
+
+    flash3.forward(q, q, q, problem, 1.0)
+
+
 # stage → what launches all its kernels; q is also k and v
 LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "flash1": _launch_flash1,
@@ -272,6 +285,7 @@ LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "decode": _launch_decode,
     "paged": _launch_paged,
     "paged_varlen": _launch_paged_varlen,
+    "flash3": _launch_flash3,
 }
 
 
@@ -305,9 +319,11 @@ class _Launch:
     options: Mapping[str, Any]
 
     def constant(self, name: str) -> Any:
-        """The value of a tl.constexpr; None if the kernel has none of that name."""
+        """The value of a constexpr of the kernel or its module; None if there is none."""
         names = self.kernel.arg_names
-        return self.constants[(names.index(name),)] if name in names else None
+        if name in names:
+            return self.constants[(names.index(name),)]
+        return getattr(self.kernel.fn.__globals__.get(name), "value", None)
 
 
 def _launches(case: Case) -> list[_Launch]:
@@ -337,13 +353,18 @@ def _launches(case: Case) -> list[_Launch]:
     return taken
 
 
-def _compile(launch: _Launch) -> Compiled:
+def _made(launch: _Launch) -> Any:
+    """What Triton makes of it: `asm` and `metadata`."""
     import triton
-    from triton.compiler import ASTSource
 
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    arguments = launch.kernel, launch.signature, launch.constants, launch.attributes
+    source = launch.kernel.ASTSource(*arguments)  # Gluon's own for a kernel in Gluon
     target = _NoCard(launch.case.capability).get_current_target()
-    made = triton.compile(source, target=target, options=dict(launch.options))
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def _compile(launch: _Launch) -> Compiled:
+    made = _made(launch)
     registers, stack = _registers_and_stack(made.asm["cubin"])
     return Compiled(
         case=launch.case,
@@ -351,7 +372,7 @@ def _compile(launch: _Launch) -> Compiled:
         block_q=launch.constant("BLOCK_Q"),
         block_k=launch.constant("BLOCK_K"),
         warps=made.metadata.num_warps,
-        stages=made.metadata.num_stages,
+        stages=launch.constant("STAGES") or made.metadata.num_stages,
         registers=registers,
         spilled_bytes=stack,  # the kernels keep nothing else there
         sram_bytes=made.metadata.shared,
@@ -394,15 +415,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _write() -> Path:
+def _write(stage: str | None) -> Path:
+    path = RESULTS / f"compiled_triton{version('triton')}.json"
+    found = compile_all([case for case in recorded_cases() if stage in (None, case.stage)])
+    if stage is not None:
+        others = from_record(json.loads(path.read_text(encoding="utf-8")))
+        found = [one for one in others if one.case.stage != stage] + found
     record = {
         "what": "kernels, compiled without a GPU",
         "date": datetime.date.today().isoformat(),
         **{name: version(name) for name in ("triton", "torch")},
         "python": platform.python_version(),
-        "rows": [_row(found) for found in compile_all(recorded_cases())],
+        "rows": [_row(one) for one in found],
     }
-    path = RESULTS / f"compiled_triton{record['triton']}.json"
     rows = ",\n  ".join(json.dumps(row) for row in record.pop("rows"))
     head = json.dumps(record, indent=1).removesuffix("\n}")
     path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
@@ -422,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser("python -m flashedu.bench.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200", help="the card, as `flashedu ladder --gpu`")
     parser.add_argument("--write", action="store_true", help="record all cards")
+    parser.add_argument("--stage", choices=LAUNCHES, help="with --write: this stage's rows only")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -433,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     try:
         if options.write:
-            print(_write().relative_to(RESULTS.parents[1]))
+            print(_write(options.stage).relative_to(RESULTS.parents[1]))
         else:
             _show(card)
     except RuntimeError as error:

@@ -245,6 +245,7 @@ _FLASH = _by(SDPBackend.FLASH_ATTENTION)
 
 ATTENTIONS = (
     _stage("flash2"),
+    _stage("flash3"),
     _stage("flash1"),
     Peer("standard", _standard),
     Peer("sdpa-flash", _sdpa, around=_by(SDPBackend.FLASH_ATTENTION)),

@@ -28,7 +28,7 @@ from flashedu.bench import cases, peers
 from flashedu.bench.device import draw
 from flashedu.bench.run import Attempt, Check, OnCase, sentence, wrong
 from flashedu.memory import Problem
-from flashedu.stages import triton_mode
+from flashedu.stages import rung, triton_mode
 from flashedu.stages.runs import Runs, everywhere
 
 import triton
@@ -93,6 +93,9 @@ def _right() -> Iterator[Case]:
         p = Problem(B=2, H=4, H_kv=2, Nq=67, Nk=131, D=D, dtype=dtype, causal=causal)
         yield Case("flash1", cases.Case("", p, "fwd", ("flash1",)))
         yield Case("flash2", cases.Case("", p, "both", ("flash2",)))
+        if rung("flash3").missing() is None and rung("flash3").refuses(p) is None:
+            for one in (p, p.replace(Nq=268, Nk=524)):  # and more tiles than there is room for
+                yield Case("flash3", cases.Case("", one, "fwd", ("flash3",)))
         packed = p.replace(B=1, Nq=sum(LENGTHS), Nk=sum(LENGTHS))
         yield Case("varlen", cases.Case("", packed, "both", ("varlen",), lengths=LENGTHS))
         for peer, Nq in (("decode", 1), ("decode", 3), ("decode, runs", 3)):

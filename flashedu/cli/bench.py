@@ -33,7 +33,7 @@ BENCH_SECTIONS = (
     "speed, flash1, memory, standard, short, decode, flash-decoding, paged, varlen, model"
 )
 BENCH_PEERS = (
-    "flash2, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math, "
+    "flash2, flash3, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, sdpa-math, "
     "decode, copy, paged-16, paged-64, paged-256, varlen, padded, padded-flash2, padded-mask, "
     "unmasked, one-by-one, torch-varlen, hf-flashedu, hf-sdpa, hf-eager"
 )

@@ -4,10 +4,11 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="FlashEdu")
 
 "FlashEdu" takes the stage that is quick where the tensors are: `online` on a CPU; on a GPU
-`flash2`, `varlen` where there is a mask, and `decode` for few queries. "FlashEdu:online" takes that
-stage, or says why it cannot. For flash1 and flash2 write "FlashEdu:Flash1" and "FlashEdu:Flash2",
-with a capital: Transformers takes any name with "flash" in it for a package of its own. `register`
-returns the names.
+`flash2`, `varlen` where there is a mask, and `decode` for few queries; on a Hopper GPU `flash3` for
+`flash2`, where no gradients are asked for. "FlashEdu:online" takes that stage, or says why it
+cannot. For flash1, flash2 and flash3 write "FlashEdu:Flash1" and so on, with a capital:
+Transformers takes any name with "flash" in it for a package of its own. `register` returns the
+names.
 
 Two functions go to Transformers under each name. One makes the mask, once for all layers: it says
 which keys a query sees by two numbers (see `flashedu.stages.runs`) instead of a row of ones and
@@ -337,12 +338,17 @@ def stage_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs | No
     """The name of the stage that is quick where the tensors are."""
     if not q.is_cuda or "flash2" not in _loaded or dtype_name(q) not in rung("flash2").dtypes:
         return "online"
-    if q.dtype == torch.bfloat16 and torch.cuda.get_device_properties(q.device).major < 8:
+    major = torch.cuda.get_device_properties(q.device).major
+    if q.dtype == torch.bfloat16 and major < 8:
         return "online"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if not gradients and q.shape[2] * (q.shape[1] // k.shape[1]) <= FEW_ROWS:
         return "decode"
-    return "flash2" if runs is None else "varlen"
+    if runs is not None:
+        return "varlen"
+    flash3, longest = rung("flash3"), max(q.shape[3], v.shape[3])
+    takes = dtype_name(q) in flash3.dtypes and longest <= flash3.largest_D and not gradients
+    return "flash3" if takes and major == 9 and "flash3" in _loaded else "flash2"
 
 
 def _by_stage(

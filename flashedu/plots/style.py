@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 
 STAGE_MARKER = {
     "naive": "o", "tiled": "s", "online": "D", "flash1": "v", "flash2": "^",
-    "varlen": "<", "decode": "P",
+    "varlen": "<", "decode": "P", "flash3": "*",
 }  # fmt: skip
 
 # What `flashedu bench` times: marker and line. Their greys are in `Look.peer`.
 PEER_LINE = {
     "decode": ("d", "-."),
     "flash2": ("D", "-"),
+    "flash3": ("h", ":"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
     "sdpa-flash": ("o", "--"),
@@ -112,10 +113,12 @@ LIGHT = Look(
         "flash2": "#111111",
         "varlen": "#5E5E5E",  # beside flash2, never among the ladder
         "decode": "#868686",
+        "flash3": "#2E2E2E",
     },
     peer={  # ours are black
         "decode": "#111111",
         "flash2": "#111111",
+        "flash3": "#111111",
         "flash1": "#111111",
         "sdpa-cudnn": "#5A5A5A",
         "sdpa-flash": "#5A5A5A",
@@ -168,10 +171,12 @@ DARK = Look(
         "flash2": "#FEFEFE",
         "varlen": "#C4C4C4",
         "decode": "#9C9C9C",
+        "flash3": "#ECECEC",
     },
     peer={
         "decode": "#F4F4F4",
         "flash2": "#F4F4F4",
+        "flash3": "#F4F4F4",
         "flash1": "#F4F4F4",
         "sdpa-cudnn": "#BEBEBE",
         "sdpa-flash": "#BEBEBE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Rung:
     splits: bool = False  # cuts the keys into `splits` parts, for few queries and many keys
     runs: bool = False  # takes `runs`: a mask, as the keys that each query sees
     requires: tuple[str, ...] = ()  # modules that it cannot run without
+    largest_D: int = 256
+    hopper_only: bool = False  # its kernels are of Hopper's own instructions, and not interpreted
 
     @property
     def any_tiles(self) -> bool:
@@ -53,6 +56,8 @@ class Rung:
         if p.dtype not in self.dtypes:
             would_do = ", ".join(self.dtypes)
             return f"stage '{self.name}' ({self.framework}) has no {p.dtype}; {would_do} would do"
+        if self.largest_D < p.D:
+            return f"stage '{self.name}' takes a D of at most {self.largest_D}, got {p.D}"
         for name in ("block_q", "block_k") if self.tile_sizes else ():
             block = getattr(p, name)
             if block not in self.tile_sizes:
@@ -72,7 +77,27 @@ class Rung:
                 if module == "triton" and sys.platform != "linux":
                     return f"stage '{self.name}' needs Triton, which exists for Linux only"
                 return f"stage '{self.name}' needs {module}: pip install {module}"
-        return None
+        return _not_hopper(self.name) if self.hopper_only else None
+
+
+def _not_hopper(name: str) -> str | None:
+    """Why kernels of Hopper's own instructions cannot run here, in a sentence; None if they can."""
+    import torch
+
+    needs = f"stage '{name}' needs a Hopper GPU, as H100 or H200"
+    if not torch.cuda.is_available():
+        return f"{needs}, and there is no GPU; stage 'flash2' would do"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        card = torch.cuda.get_device_name()
+        return f"{needs}, got {card} ({major}.{minor}); stage 'flash2' would do"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"stage '{name}' cannot be interpreted: unset TRITON_INTERPRET, or take 'flash2'"
+    try:
+        importlib.import_module("flashedu.stages.gluon_names")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 LADDER = (
@@ -148,7 +173,22 @@ INFERENCE = (
     ),
 )
 
-RUNGS = (*LADDER, *INFERENCE)
+# What runs on one kind of card only, and cannot be interpreted: nothing counts its bytes.
+HOPPER = (
+    Rung(
+        "flash3",
+        "torch",
+        "FlashAttention-3 in Gluon, for Hopper: warps that load, warps that compute",
+        ("float16", "bfloat16"),
+        tile_sizes=(),
+        lse=True,
+        requires=("torch", "triton"),
+        largest_D=128,
+        hopper_only=True,
+    ),
+)
+
+RUNGS = (*LADDER, *INFERENCE, *HOPPER)
 
 
 def rung(name: str) -> Rung:

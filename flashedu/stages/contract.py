@@ -38,8 +38,9 @@ def check(
     from flashedu.stages import rung
 
     framework, dtypes = rung(stage).framework, rung(stage).dtypes
+    would_do = "; stage 'flash2' would do" if rung(stage).hopper_only else ""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_array(stage, framework, dtypes, name, x)
+        check_array(stage, framework, dtypes, name, x, would_do)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(
@@ -50,8 +51,13 @@ def check(
 
     B, H, Nq, D = q.shape
     _, H_kv, Nk, _ = k.shape
-    if not 1 <= D <= MAX_D:
-        raise ValueError(f"q must have a head size D of 1 to {MAX_D}, got D={D}")
+    most = min(MAX_D, rung(stage).largest_D)
+    if not 1 <= D <= most:
+        beyond = f" for stage '{stage}', got D={D}; stage 'flash2' takes up to {MAX_D}"
+        raise ValueError(
+            f"q must have a head size D of 1 to {most}"
+            f"{beyond if most < D <= MAX_D else f', got D={D}'}"
+        )
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != B:
             raise ValueError(f"{name} must have the batch size of q, B={B}, got B={x.shape[0]}")
@@ -174,7 +180,9 @@ def framework_of(x: Any) -> str | None:
     return "torch" if torch is not None and isinstance(x, torch.Tensor) else None
 
 
-def check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str, x: Any) -> None:
+def check_array(
+    stage: str, framework: str, dtypes: tuple[str, ...], name: str, x: Any, would_do: str = ""
+) -> None:
     wanted, make = {
         "numpy": ("a NumPy array", f"np.asarray({name}) makes one"),
         "torch": ("a torch tensor", f"torch.as_tensor({name}) makes one"),
@@ -195,5 +203,5 @@ def check_array(stage: str, framework: str, dtypes: tuple[str, ...], name: str, 
     if dtype_name(x) not in dtypes:
         raise TypeError(
             f"{name} must have one of the dtypes {', '.join(dtypes)} for stage '{stage}', "
-            f"got {dtype_name(x)}"
+            f"got {dtype_name(x)}{would_do}"
         )

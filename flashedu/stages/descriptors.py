@@ -28,15 +28,21 @@ def tiles_of(x: torch.Tensor, block: int) -> Any:
     """
     if triton_mode.INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()  # the interpreter has no bfloat16 arithmetic
-    *strides, last = x.stride()
-    per_16_bytes = 16 // x.itemsize
-    strides_fit = all(stride > 0 and stride % per_16_bytes == 0 for stride in strides)
-    if not (last == 1 and strides_fit and x.data_ptr() % 16 == 0):
-        x = empty_like(x).copy_(x)
-        strides = x.stride()[:3]
+    x = addressable(x)
+    strides = x.stride()[:3]
     if triton_mode.has_tma(x):
         return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, columns(x.shape[3])])
     return x, *x.shape, *strides
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it that a descriptor can address."""
+    *strides, last = x.stride()
+    per_16_bytes = 16 // x.itemsize
+    strides_fit = all(stride > 0 and stride % per_16_bytes == 0 for stride in strides)
+    if last == 1 and strides_fit and x.data_ptr() % 16 == 0:
+        return x
+    return empty_like(x).copy_(x)
 
 
 @triton.jit

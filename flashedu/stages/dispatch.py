@@ -11,7 +11,7 @@ from flashedu.stages.contract import dtype_name, framework_of
 
 def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> Any:
     """See `flashedu.attention`."""
-    chosen = _best_for(q, **options) if stage is None else rung(stage)
+    chosen = _best_for(q, k, v, **options) if stage is None else rung(stage)
     reason = chosen.missing()
     if reason is not None:
         runnable = ", ".join(r.name for r in RUNGS if r.missing() is None)
@@ -24,16 +24,39 @@ def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> A
     return function(q, k, v, **options)
 
 
-def _best_for(q: Any, *, machine: Any = None, runs: Any = None, **options: Any) -> Rung:
-    """The highest rung that is quick on q: an interpreted kernel is not, and none is counted."""
+def _best_for(
+    q: Any, k: Any, v: Any, *, machine: Any = None, runs: Any = None, **options: Any
+) -> Rung:
+    """The highest rung that is quick on q: an interpreted kernel is not, and none is counted.
+
+    flash3 has fewer options and no gradients; where they are asked for, it is flash2.
+    """
     framework = framework_of(q)
     if framework is None:
         kind = type(q).__name__
         raise TypeError(f"q must be a NumPy array or a torch tensor, got {kind}")
+    plain = machine is None and runs is None and not set(options) - {"causal", "scale"}
+    if plain and framework == "torch" and hopper_takes(q, k, v):
+        return rung("flash3")
     rungs = LADDER if runs is None else (*LADDER, rung("varlen"))
     runnable = [r for r in rungs if r.framework == framework and r.missing() is None]
     able = [r for r in runnable if r.runs or runs is None] or runnable
     return [r for r in able if not r.is_triton or (machine is None and _runs_on(r, q))][-1]
+
+
+def hopper_takes(q: Any, k: Any, v: Any) -> bool:
+    """Whether flash3 runs here and takes these tensors: on its card, by dtype, D and gradients."""
+    import torch
+
+    flash3, tensors = rung("flash3"), [x for x in (q, k, v) if framework_of(x) == "torch"]
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return (
+        _runs_on(flash3, q)
+        and not gradients
+        and (q.ndim == 4 and q.shape[3] <= flash3.largest_D)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and flash3.missing() is None
+    )
 
 
 def _runs_on(rung: Rung, q: Any) -> bool:

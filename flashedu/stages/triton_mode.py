@@ -110,7 +110,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a card."""
+    """Streaming multiprocessors of a card; 1 where kernels are only compiled, and none runs."""
+    if COMPILE_ONLY:
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -1,0 +1,201 @@
+"""The Hopper rung, on a machine without one: it compiles for sm_90, and says what it needs.
+
+What it computes is checked on a card, by tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashedu
+from flashedu.memory import GPUS, Machine
+from flashedu.notebook import record
+from flashedu.stages import Rung, contract, dispatch, rung
+
+if rung("flash2").missing():
+    pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
+
+from flashedu.bench import compiled
+
+REGISTERS, THREADS_OF_A_WARPGROUP = 64 * 2**10, 128  # of an SM
+SRAM_BYTES = {card.sram_bytes_per_program for card in GPUS if card.compute_capability == (9, 0)}
+CASES = [(64, True, 4096), (64, False, 1024), (128, True, 1024)]  # D, causal, N
+SPILLED = {(64, False): 56}  # bytes; each once a query tile, none in a loop over keys
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What the compiler and ptxas tell of each case: see `compile_in_this_process`."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests import test_flash3 as t; t.compile_in_this_process()"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0",
+             "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compile_in_this_process() -> None:
+    """Print, for each case, the PTX, what ptxas says of it, and the record's row, as JSON."""
+    launches = [
+        launch
+        for D, causal, N in CASES
+        for launch in compiled._launches(
+            compiled.Case("flash3", (9, 0), D, "float16", causal=causal, N=N)
+        )
+    ]
+    with ThreadPoolExecutor(2) as pool:  # the compiler leaves Python's lock
+        print(json.dumps(list(pool.map(_what_is_made_of, launches))))
+
+
+def _what_is_made_of(launch: Any) -> dict[str, Any]:
+    from triton import knobs
+
+    made = compiled._made(launch)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(made.asm["ptx"], encoding="utf-8")
+        told = subprocess.run(
+            [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o", f"{ptx}.cubin"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    row = compiled._row(compiled._compile(launch))
+    return {"ptx": made.asm["ptx"], "ptxas": told.stdout + told.stderr, "row": row}
+
+
+def test_it_uses_what_hopper_has_of_its_own(kernels: list[dict]) -> None:
+    for found in kernels:
+        for instruction in (
+            "wgmma.mma_async.sync.aligned", "cp.async.bulk.tensor.4d.shared",
+            "cp.async.bulk.tensor.4d.global", "mbarrier.try_wait",
+            "setmaxnreg.inc", "setmaxnreg.dec",
+        ):  # fmt: skip
+            assert instruction in found["ptx"], (found["row"], instruction)
+
+
+def test_products_run_while_warps_go_on(kernels: list[dict]) -> None:
+    """ptxas warns (C7510 to C7515) where it must wait for each wgmma at once."""
+    for found in kernels:
+        assert not re.findall(r"C75\d\d", found["ptxas"]), found["ptxas"]
+
+
+def test_what_is_in_use_in_the_loops_stays_in_registers(kernels: list[dict]) -> None:
+    for found in kernels:
+        (stack,) = re.findall(r"(\d+) bytes stack frame", found["ptxas"])
+        row = found["row"]
+        assert int(stack) <= SPILLED.get((row["D"], row["causal"]), 0), row
+
+
+def test_it_fits_the_shared_memory_and_registers_of_an_sm(kernels: list[dict]) -> None:
+    for found in kernels:
+        row = found["row"]
+        assert row["sram_bytes"] <= min(SRAM_BYTES)
+        assert row["registers"] * 32 * row["warps"] <= REGISTERS
+
+
+def test_the_record_is_what_is_compiled_now(kernels: list[dict]) -> None:
+    if version("triton") != "3.7.1":
+        pytest.skip("the record was made by triton 3.7.1")
+    recorded = record("compiled_triton3.7.1")["rows"]
+    for found in kernels:
+        assert found["row"] in recorded, "python -m flashedu.bench.compiled --write --stage flash3"
+
+
+def test_consumers_and_the_producer_share_the_registers_that_an_sm_has() -> None:
+    from flashedu.stages.flash3 import PRODUCER_REGISTERS, registers_for
+
+    for consumers, registers in ((2, 240), (3, 160)):
+        assert registers_for(consumers) == registers
+        each = consumers * registers + PRODUCER_REGISTERS.value
+        assert each * THREADS_OF_A_WARPGROUP <= REGISTERS
+        assert (each + consumers * 8) * THREADS_OF_A_WARPGROUP > REGISTERS, "some are left over"
+
+
+@pytest.mark.parametrize("Nq", [1, 5, 128, 1000, 4096])
+@pytest.mark.parametrize("block", [128, 192])
+def test_each_query_tile_is_in_one_piece_and_pieces_are_even(Nq: int, block: int) -> None:
+    """As `_piece` cuts them, written out."""
+    tiles = -(-Nq // block)
+    half = -(-tiles // 2)
+    pieces = [list(range(x, tiles - x, max(1, tiles - 1 - 2 * x))) for x in range(half)]
+    assert sorted(tile for piece in pieces for tile in piece) == list(range(tiles))
+    assert len({sum(piece) for piece in pieces if len(piece) == 2}) <= 1
+
+
+# who takes it
+
+
+def test_on_a_hopper_card_it_is_the_default_for_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def best(x: torch.Tensor, **options: Any) -> str:
+        return dispatch._best_for(x, x, x, **{"causal": True, "scale": None, **options}).name
+
+    monkeypatch.setattr(dispatch, "_runs_on", lambda rung, q: contract.dtype_name(q) in rung.dtypes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(Rung, "missing", lambda self: None)
+    x = torch.ones(1, 1, 2, 64, dtype=torch.float16)
+    assert best(x) == best(x.bfloat16()) == "flash3"
+    assert best(x.float()) == best(x, block_q=64) == best(x.repeat(1, 1, 1, 3)) == "flash2"
+    assert best(x, machine=Machine()) == "online"
+    leaf = x.clone().requires_grad_()
+    assert best(leaf) == "flash2"
+    with torch.no_grad():
+        assert best(leaf) == "flash3"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    assert best(x) == "flash2"
+
+
+# what it says where it cannot run
+
+
+def test_where_there_is_no_hopper_card_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    q = torch.ones(1, 1, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="needs a Hopper GPU, as H100 or H200, and there is no "
+                                           "GPU; stage 'flash2' would do"):  # fmt: skip
+        flashedu.attention(q, q, q, stage="flash3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    assert rung("flash3").missing() == (
+        "stage 'flash3' needs a Hopper GPU, as H100 or H200, got NVIDIA A100 (8.0); "
+        "stage 'flash2' would do"
+    )
+
+
+def test_what_it_does_not_take_gets_a_sentence_that_names_flash2() -> None:
+    q = torch.ones(1, 1, 2, 64)
+    with pytest.raises(TypeError, match="float16, bfloat16 for stage 'flash3', got float32; "
+                                        "stage 'flash2' would do"):  # fmt: skip
+        contract.check("flash3", q, q, q, causal=False, scale=None)
+    q = torch.ones(1, 1, 2, 136, dtype=torch.float16)
+    with pytest.raises(ValueError, match="D of 1 to 128 for stage 'flash3', got D=136; "
+                                         "stage 'flash2' takes up to 256"):  # fmt: skip
+        contract.check("flash3", q, q, q, causal=False, scale=None)
+
+
+def test_called_by_itself_it_says_so_too() -> None:
+    from flashedu.stages import flash3, triton_mode
+
+    if not triton_mode.INTERPRETED:
+        pytest.skip("kernels are compiled here")
+    q = torch.ones(1, 1, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="needs a Hopper GPU, and kernels are interpreted here"):
+        flash3.attention(q, q, q)
+    with pytest.raises(ValueError, match="must not require gradients for stage 'flash3'"):
+        flash3.attention(q.requires_grad_(), q, q)
