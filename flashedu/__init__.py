@@ -25,8 +25,7 @@ def attention(
     """softmax(scale · q kᵀ) v, by the stage of that name.
 
     q: (B, H, Nq, D). k, v: (B, H_kv, Nk, D). `stage` is a name in `flashedu.stages.RUNGS`; None
-    takes the highest of LADDER for q's framework that is quick here: a Triton kernel on a GPU only;
-    and flash3 on a Hopper card, where it takes the inputs and no gradients are asked for.
+    takes the highest of LADDER for q's framework that is quick here: a Triton kernel on a GPU only.
     `options` go to the stage: block_q, block_k, splits. Returns o: (B, H, Nq, D).
 
     Raises ValueError for an unknown stage, RuntimeError for one that cannot run here, and what the

@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 
 import flashedu
-from flashedu import ladder
+from flashedu import ladder, stages
 from flashedu.memory import UNCOUNTED, Machine, Problem, cost
 from flashedu.stages import RUNGS, Rung, online, rung
 from flashedu.stages.reference import Reference
@@ -99,9 +99,11 @@ def test_results_stay_on_the_card(stage: Rung) -> None:
     assert o.device == lse.device == q.device
 
 
-def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3() -> None:
+@pytest.mark.parametrize("flash3", [False, True], ids=["flash2", "flash3"])
+def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3(monkeypatch, flash3) -> None:
     q, k, v, _ = drawn(P)
-    want = "flash2" if "flash3" in WITHOUT else "flash3"
+    monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", flash3)
+    want = "flash3" if flash3 and "flash3" not in WITHOUT else "flash2"
     assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage=want))
     for x in (q.float(), q.repeat(1, 1, 1, 4), q.detach().requires_grad_()):
         o = flashedu.attention(x, x, x)

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from flashedu import stages
 from flashedu.integrations.transformers import attention_report
 from flashedu.stages import rung
 from tests.test_transformers import (
@@ -64,7 +65,10 @@ def test_every_token_is_eagers(family: str, way: str) -> None:
 @pytest.mark.skipif(
     rung("flash3").missing() is not None, reason=rung("flash3").missing() or "it runs here"
 )
-def test_a_model_in_half_precision_takes_flash3_and_its_logits_are_as_exact_as_eager() -> None:
+def test_a_model_in_half_precision_takes_flash3_and_its_logits_are_as_exact_as_eager(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
     half, longer = torch.bfloat16, dict(max_position_embeddings=128)
     model = build("llama", "FlashEdu", half, **longer).cuda()
     exact, eager = (build("llama", "eager", x, **longer).cuda() for x in (torch.float32, half))

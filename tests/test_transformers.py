@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashedu import stages
 from flashedu.stages import rung
 from flashedu.stages.runs import Runs
 from flashedu.testing import ROUNDINGS
@@ -420,6 +421,8 @@ class TestStages:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         chosen = on_a_gpu(monkeypatch, (9, 0))
+        assert chosen(17) == "flash2"
+        monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
         assert chosen(16) == "decode"
         assert chosen(17) == chosen(17, D=128) == chosen(17, dtype=torch.bfloat16) == "flash3"
         assert chosen(17, D=136) == chosen(17, dtype=torch.float32) == "flash2"

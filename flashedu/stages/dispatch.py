@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from flashedu import stages
 from flashedu.stages import LADDER, RUNGS, Rung, rung
 from flashedu.stages.contract import dtype_name, framework_of
 
@@ -51,7 +52,8 @@ def hopper_takes(q: Any, k: Any, v: Any) -> bool:
     flash3, tensors = rung("flash3"), [x for x in (q, k, v) if framework_of(x) == "torch"]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return (
-        _runs_on(flash3, q)
+        stages.FLASH3_BY_DEFAULT
+        and _runs_on(flash3, q)
         and not gradients
         and (q.ndim == 4 and q.shape[3] <= flash3.largest_D)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
