@@ -2,7 +2,7 @@
 # # 12 · Serving
 #
 # **Claim.** A server is fast when many requests share one read of the weights. Attention decides how many fit. We take a well-known
-# case study apart, factor by factor: predicted first, then measured.
+# case study apart, factor by factor.
 #
 # Before: [11 · Transformers](11_transformers.ipynb). Next: 13 · Hopper.
 
@@ -17,21 +17,17 @@ from flashedu.integrations.transformers import register
 warnings.filterwarnings("ignore", "IProgress not found")
 
 # %%
+import torch
+
 from flashedu import plots
-from flashedu.bench import record as records
-from flashedu.bench.serving import (
-    ANSWERS,
-    PROMPTS,
-    TINY_ANSWERS,
-    TINY_PROMPTS,
-    runs_of,
-)
+from flashedu.bench.serving import ANSWERS, PROMPTS, TINY_ANSWERS, TINY_PROMPTS
 from flashedu.memory import gpu
 from flashedu.notebook import source, table
 from flashedu.serving import engines
 from flashedu.serving.load import Load, Request, SimulatedClock, WallClock, serve
 from flashedu.serving.plan import MODELS, largest_batch, plan
 from flashedu.serving.simulate import ContinuousServer, Machine, StaticServer
+from flashedu.stages import rung
 from flashedu.units import human_bytes, human_seconds
 
 register()
@@ -94,7 +90,7 @@ print("attention:", before.moments[0].attention.by_hand)
 # Each term can be recomputed by hand. Standard attention holds S, a copy of it in float32 for the softmax, and P, of one layer at a
 # time: two thirds of what is not weights. And still the card is only half full. The plan counts tensors that live. 95% is what a
 # tool like `nvidia-smi` shows: PyTorch keeps freed memory for later, and a cache that grows by copying leaves many freed pieces
-# behind. We come back to that.
+# behind.
 #
 # Now the changes, one at a time. **Pages** (chapter 10) hold the keys that there are; a contiguous cache is reserved for all
 # 4096. Take texts that are half as long as they may be:
@@ -120,7 +116,7 @@ fig = plots.card_memory(
     {"before, batch 4": before.parts, "after, batch 4": pages.parts}
     | {"after, batch 16": after.parts},
     a100,
-    "Flash attention frees a third, and four times the batch fits in the same",
+    "With flash attention and pages, four times the batch takes less",
 )
 
 # %% [markdown]
@@ -186,9 +182,9 @@ four = [Request(i, 0.0, 10, n) for i, n in enumerate((3, 30, 5, 5))]
 slots = 2
 
 
-def simulated(server, requests, cache="pages", card=a100, how=None, **size):
+def simulated(server, requests, attention="flash", cache="pages", **size):
     clock = SimulatedClock()
-    machine = Machine(llama, card, cache=cache, **(how or {}))
+    machine = Machine(llama, a100, attention, cache)
     return serve(server(machine, clock, **size), requests, clock)
 
 
@@ -248,9 +244,8 @@ def at_most(server, count=200, **how):
 
 contiguous = dict(server=StaticServer, cache="contiguous")
 paged = dict(server=ContinuousServer, room=100_000)
-eager = {"attention": "standard"}
 predicted = {
-    "static, 4, standard": at_most(batch=4, how=eager, **contiguous),
+    "static, 4, standard": at_most(batch=4, attention="standard", **contiguous),
     "static, 4, flash": at_most(batch=4, **contiguous),
     "static, 16, flash": at_most(batch=16, **contiguous),
     "continuous, 4": at_most(batch=4, **paged),
@@ -264,6 +259,8 @@ table(
 )
 
 # %% [markdown]
+# This is what bytes and FLOPs allow, not yet what engines do: `flashedu bench serving` sends the same load to real ones, on a GPU.
+#
 # Standard or flash: no difference. A static batch of 16 is *slower* than one of 4, at these lengths: it pads all prompts to the
 # longest of 16, waits for the longest of 16 answers, and copies its cache to make it grow. What buys most is the continuous
 # batch, with room for 16: that is what pages are for.
@@ -303,136 +300,44 @@ table(
 
 # %% [markdown]
 # Continuous batching admits attention by name, and ours is none of the names that it knows (`paged|eager`, `sdpa`, and the packages of
-# flash attention, in Transformers 5.24). So it runs with `sdpa` here. vLLM has a door for others; we come to it.
-#
-# ## As recorded
-#
-# Now a model of Llama 2's size on a GPU, with random weights: a server spends no less time on random words. First the memory. The plan said
-# what would be needed; PyTorch's allocator says what was:
-
-# %%
-measured = records.latest(kind="serving", card="H100")
-print(measured.label)
-print("Transformers", measured.data["transformers"], "and vLLM", measured.data["vllm"])
-
-# %%
-(memory,) = measured.cases("memory")
-table(
-    {
-        "attention": run["attention"],
-        "batch": run["B"],
-        "N": run["N"],
-        "planned": human_bytes(run["planned_prefill_bytes"]),
-        "allocator's peak": human_bytes(run["prefill_bytes"]),
-        "kept by PyTorch": human_bytes(run["reserved_bytes"]),
-    }
-    for run in memory["runs"]
-)
-
-# %% [markdown]
-# The plan is right to a percent. The last column is the memory that PyTorch did not give back: the cache of `generate` grows by
-# copying, and leaves pieces of all sizes. That is the difference between what lives and what a tool shows. It is a part
-# of the article's 95%; pages end it, as all are of one size.
-#
-# Now the loads. On this card, with the same simulation beside it:
-
-# %%
-h100 = gpu("h100")
-ladder = {
-    "static, 4, standard": ("eager-4", "standard", contiguous | {"batch": 4}),
-    "static, 4, flash": ("flashedu-4", "flash", contiguous | {"batch": 4}),
-    "static, 16, flash": ("flashedu-16", "flash", contiguous | {"batch": 16}),
-    "continuous, 16": ("continuous-16", "flash", paged | {"batch": 16}),
-    "vLLM, 4": ("vllm-flash-4", "flash", paged | {"batch": 4}),
-    "vLLM, 16": ("vllm-flash-16", "flash", paged | {"batch": 16}),
-    "vLLM, 256": ("vllm-flash", "flash", paged | {"batch": 256}),
-}
-
-
-def predict(requests, attention, how):
-    how, of = {"attention": attention, "dtype": "bfloat16"}, how
-    served = simulated(requests=requests, card=h100, how=how, **of)
-    return served.summary()["requests_per_s"]
-
-
-rates = {}
-for name, (peer, attention, how) in ladder.items():
-    load, run = runs_of(measured, peer)[0]
-    rates[name] = predict(load.requests(), attention, how), run["requests_per_s"]
-
-# %%
-fig = plots.factors(rates, "What each change is worth: predicted, and measured")
-
-# %% [markdown]
-# *Figure 3. Requests a second, all arriving at once. A prediction is what no engine can beat on this card; each bar has its ratio to
-# the one above.*
-#
-# TEXT-A
-#
-# ## How long users wait
-#
-# Now requests that arrive at random. The server of before gets one every two seconds, as it can do no more than one a second; vLLM
-# gets 18.4 a second, the article's rate after the move:
-
-# %%
-_, calm = runs_of(measured, "eager-4", 0.5)[0]
-_, busy = runs_of(measured, "vllm-flash", 18.4)[0]
-fig = plots.waiting_times(
-    {
-        "before: static, 4, 0.5 a second": calm["latencies_s"],
-        "after: vLLM, 18.4 a second": busy["latencies_s"],
-    },
-    "37 times the requests, and users wait a fraction",
-)
-
-# %% [markdown]
-# *Figure 4. Latency from arrival, in order of size. The dots are P50 and P99.*
-
-# %%
-fig = plots.batch_over_time(
-    {
-        "before: static, 4, 0.5 a second": calm["samples"],
-        "after: vLLM, 18.4 a second": busy["samples"],
-    },
-    "A static batch makes a queue at half its rate",
-)
-
-# %% [markdown]
-# *Figure 5. The same two runs. Only the second uses the room that it has.*
+# flash attention, in Transformers 5.24). So it runs with `sdpa` here. vLLM has a door for others.
 #
 # ## Your kernel in vLLM
 #
-# vLLM reads keys from pages, through a block table, as chapter 10 did. Its steps mix prompts and single tokens: so our kernel for it,
-# `paged_varlen`, is chapter 10's `paged` with chapter 11's queries, packed one behind another. vLLM has one backend that is called
-# `CUSTOM`, and a program can put its own there. That is all that `flashedu.integrations.vllm` does, and what a server needs is an option:
+# vLLM reads keys from pages, through a block table, as chapter 10 did. Its steps mix prompts and single tokens. So our kernel for
+# it, `paged_varlen`, is chapter 10's `paged` with chapter 11's queries, packed one behind another. Which tile belongs to which
+# sequence is worked out once a step, for all layers:
+
+# %%
+# Triton exists on Linux only.
+has_triton = rung("flash2").missing() is None
+if has_triton:
+    from flashedu.stages import paged_varlen
+source(paged_varlen.tiles_of_step) if has_triton else None
+
+# %% [markdown]
+# Predict: three sequences bring 5, 1 and 9 new tokens, and a tile has 4. How many tiles?
+
+# %%
+my_prediction_tiles = 4
+
+# %%
+starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+if has_triton:
+    tiles = paged_varlen.tiles_of_step(starts, 15, 4)
+    used = tiles[tiles[:, 0] >= 0].tolist()
+    print(f"you said {my_prediction_tiles}; {len(used)}")
+    print("sequence and first query, last tiles first:", used)
+
+# %% [markdown]
+# 2 + 1 + 3 = 6. No tile holds queries of two sequences, and no number was read back from a GPU, where that would cost a wait.
+#
+# vLLM has one attention backend that is called `CUSTOM`, and a program can put its own there. That is all that
+# `flashedu.integrations.vllm` does. What a server needs is an option:
 #
 # ```
 # vllm serve MODEL --attention-backend CUSTOM
 # ```
-#
-# Is it right? 200 prompts of mixed lengths, greedy, with each of vLLM's backends and with ours:
-
-# %%
-CELL_TOKENS = 1
-
-# %% [markdown]
-# TEXT-B
-#
-# And is it fast? The same load, all at once, twice for each:
-
-# %%
-flash_rate = runs_of(measured, "vllm-flash")[0][1]["output_tokens_per_s"]
-rows = []
-for peer in ("vllm-flash", "vllm-triton", "vllm-flashedu"):
-    both = [run["output_tokens_per_s"] for _, run in runs_of(measured, peer)]
-    cells = {f"run {i + 1}": round(x) for i, x in enumerate(both)}
-    rows.append(
-        {"backend": peer, **cells, "to vllm-flash": f"{max(both) / flash_rate:.2f}"}
-    )
-table(rows)
-
-# %% [markdown]
-# TEXT-C
 #
 # ## What the article's numbers are
 #
@@ -440,7 +345,7 @@ table(rows)
 # | --- | --- |
 # | 95% → 40% of memory | 50% of the card lives in tensors before; the rest is memory that PyTorch keeps. vLLM takes what it is told to take, whatever it needs: 40% is a setting (`--gpu-memory-utilization 0.4`), and fits 16 texts of half the length |
 # | batch 4 → 16 | flash attention and pages have room for 61 |
-# | 8 → 18.4 requests a second | TEXT-D |
+# | 8 → 18.4 requests a second | 2.3 times. A continuous batch of 16 can answer 7 times as many as static batches of 4, at our lengths |
 # | P99 2.8 → 1.2 s | most of 2.8 s was queue: Little's law leaves 0.5 s in the batch |
 # | thanks to flash attention | attention gives the room; the batch gives the speed |
 #
@@ -494,7 +399,7 @@ table(rows)
 #     print(name, largest_batch(p))
 # ```
 #
-# A key takes a fourth of the bytes; the weights are somewhat larger. About four times as many.
+# 30 and 117. A key takes a fourth of the bytes; the weights are somewhat larger.
 # </details>
 #
 # **4.** Make the answers all of one length (`Lengths(64, 0.0, 4, 512)`), and let both simulated servers run again. What is left of the
