@@ -420,10 +420,10 @@ def _serving(record: Record) -> Iterator[RenderableType]:
 TOKENS = {  # head of a column → what stands in it
     "the same": lambda run: f"{run['same']} of {run['of']}",
     "others": lambda run: _others(run),
-    "largest gap": lambda run: f"{run['largest_gap']:.4f}",
-    "a tie up to": lambda run: _or_dash(run["tie_within"]),
-    "noise max": lambda run: f"{run['noise_max']:.4f}",
-    "tokens compared": lambda run: f"{run['tokens_compared']:,}",
+    "gap": lambda run: f"{run['largest_gap']:.4f}",
+    "tie": lambda run: _or_dash(run["tie_within"]),
+    "noise": lambda run: f"{run['noise_max']:.4f}",
+    "tokens": lambda run: f"{run['tokens_compared']:,}",
 }
 
 
@@ -437,19 +437,21 @@ def _tokens(record: Record) -> Iterator[RenderableType]:
         table.add_column("")
         for head in TOKENS:
             table.add_column(head, justify="right")
-        for run in case["runs"]:
-            if not run["why"]:
-                names = f"{run['variant']}: {run['peer']}, {run['attention']}"
-                table.add_row(names, *(cell(run) for cell in TOKENS.values()))
+        for variant, runs in itertools.groupby(case["runs"], lambda run: run["variant"]):
+            table.add_row(variant)
+            for run in runs:
+                if not run["why"]:
+                    names = f"  {run['peer']}, {run['attention']}"
+                    table.add_row(names, *(cell(run) for cell in TOKENS.values()))
         yield table
         for run in case["runs"]:
             if run["why"]:
                 yield Text(f"tokens, {run['variant']}: {run['why']}")
         yield Text(
-            f"tokens: {case['dtype']}, random weights, seed {load['seed']}. Gaps and noise are of "
-            "log-probabilities: where two answers part, how far one prefers its own token; before "
-            "that, how far the two are apart. A tie: at most twice the noise between FLASH_ATTN "
-            "and TRITON_ATTN."
+            f"tokens: {case['dtype']}, random weights, seed {load['seed']}. The largest of each, "
+            "in log-probability: gap, how far one prefers its own token where two answers part; "
+            "noise, how far they are apart before that; tie, twice the noise between FLASH_ATTN "
+            "and TRITON_ATTN, above which a gap is no tie."
         )
 
 
