@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import flashedu
+from flashedu import stages
 from flashedu.memory import GPUS, Machine
 from flashedu.notebook import record
 from flashedu.stages import Rung, contract, dispatch, rung
@@ -149,6 +150,8 @@ def test_on_a_hopper_card_it_is_the_default_for_what_it_takes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     monkeypatch.setattr(Rung, "missing", lambda self: None)
     x = torch.ones(1, 1, 2, 64, dtype=torch.float16)
+    assert best(x) == "flash2"
+    monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
     assert best(x) == best(x.bfloat16()) == "flash3"
     assert best(x.float()) == best(x, block_q=64) == best(x.repeat(1, 1, 1, 3)) == "flash2"
     assert best(x, machine=Machine()) == "online"

@@ -125,8 +125,7 @@ class ContinuousServer:
         old = [r.prompt_tokens + n for r, n in self._written.items()]
         joining = self._join()
         if not old and not joining:
-            if self._queue:
-                raise ValueError(f"room must hold request {self._queue[0]}, got {self._room} keys")
+            self._refuse_what_never_fits()
             return []
         seconds = self._machine.mixed_s([r.prompt_tokens for r in joining], old)
         self._clock.sleep_until(self._clock.now() + seconds)
@@ -153,6 +152,10 @@ class ContinuousServer:
             joining.append(self._queue.popleft())
             self._written[request] = 0
         return joining
+
+    def _refuse_what_never_fits(self) -> None:
+        if self._queue:
+            raise ValueError(f"room must hold request {self._queue[0]}, got {self._room} keys")
 
     def _pages(self, n: int) -> int:
         return -(-n // self._page) * self._page

@@ -1,0 +1,691 @@
+"""The backward of FlashAttention-3: one kernel for dk, dv and dq, made for Hopper.
+
+flash2 computes P twice: for dk and dv, by a program for each key tile, and again for dq. Here the
+program of a key tile computes it once, and has what it owes to dq_i added to a float32 array in
+HBM by the unit that copies tiles (the TMA), which it need not wait for. Five products, not seven:
+
+    sᵀ = k qᵀ    pᵀ = exp(scale · sᵀ − lse)    dpᵀ = v doᵀ    dsᵀ = pᵀ ∘ (dpᵀ − delta)
+    dv ← dv + pᵀ do          dk ← dk + dsᵀ q           dq_i ← dq_i + ds k
+
+A product adds to what its accumulator holds: sᵀ begins at −lse / scale and dpᵀ at −delta, and what
+the equations subtract is already off.
+
+As in the forward, one warp only loads. Eight compute, a tile of 64 keys for each four, and have
+products under way while they take exponentials: those of the query tile that comes next, beside
+ds k and dsᵀ q of this one.
+
+The additions to dq_i come in any order, so its last bits vary from run to run. deterministic=True
+leaves them out and computes dq in a kernel of its own: seven products again.
+
+It compiles for Hopper, and has not run on a card yet. So no stage calls it.
+
+Source: FlashAttention-3 (arXiv 2407.08608), Appendix B.1 and its code; FlashAttention-2 (arXiv
+2307.08691), Algorithm 2.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from flashedu.memory import hbm
+from flashedu.stages import descriptors, triton_mode
+from flashedu.stages.descriptors import addressable, empty_like, without_padding
+from flashedu.stages.gluon_names import load_tile, store_tile, version
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1 / math.log(2))
+ROWS = 64  # of a tile, in the kernels before and after
+
+
+class Tile(NamedTuple):
+    """How the backward is cut."""
+
+    block_q: int  # queries that pass by at a time
+    block_k: int = 128  # keys that a program keeps: 64 for each four warps
+    stages: int = 2  # tiles of q, and of do, on chip
+    persistent: bool = True  # one program an SM, that takes one key tile after another
+    pairs: bool = True  # causal: a long tile and a short one are one piece of work
+    dq_first: bool = False  # ds k is started, and awaited, before the next sᵀ
+    turn: bool = False  # not causal: each key tile begins at other queries
+
+
+TILES = {64: Tile(128), 128: Tile(64)}  # by columns: D, rounded up
+DQ_TILE = Tile(128, 64)  # of the kernel for dq alone, which keeps 128 queries
+
+
+def columns(D):
+    """Columns of a tile in shared memory: the swizzles are for 64 and 128."""
+    return 64 if D <= 64 else 128
+
+
+if version >= (3, 8):
+    add_tile = tma.async_atomic_add
+else:
+
+    @builtin
+    def add_tile(tensor_desc, coord, src, _semantic=None):
+        """Have a tile added to an array in HBM. These versions have no name for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        add = gl._core.ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(add, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpreted(place, dtype, shape, layout, _semantic=None):
+    """A place in shared memory, for a tile of another type."""
+    reinterpret = place.reinterpret if version >= (3, 9) else place._reinterpret
+    return reinterpret(dtype, shape, layout, _semantic=_semantic)
+
+
+# before
+
+
+@triton.jit(do_not_specialize=["H", "Nq", "padded"])
+def start_kernel(
+    O, DO, LSE, S_START, DP_START, DQ_SUM, scale, H, Nq, padded,
+    COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Where sᵀ, dpᵀ and dq of one query tile begin: −lse / scale, −delta = −rowsum(do ∘ o), 0.
+
+    −inf where a row sees no key or does not exist: its p is 0.
+    """
+    tiles = padded // BLOCK_Q
+    i, head = tl.program_id(0) % tiles * BLOCK_Q, tl.program_id(0) // tiles
+    b, h = head // H, head % H
+    rows = i + tl.arange(0, BLOCK_Q)
+    lse_i = tl.load(LSE + head.to(tl.int64) * Nq + rows, mask=rows < Nq, other=float("-inf"))
+    lse_i = tl.where(lse_i == float("-inf"), float("inf"), lse_i)
+    o_i = O.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
+    do_i = DO.load([b, h, i, 0]).reshape(BLOCK_Q, COLUMNS).to(tl.float32)
+    tl.store(S_START + head.to(tl.int64) * padded + rows, -lse_i / scale)
+    tl.store(DP_START + head.to(tl.int64) * padded + rows, -tl.sum(do_i * o_i, 1))
+    if SUM:
+        DQ_SUM.store([b, h, i, 0], tl.zeros([1, 1, BLOCK_Q, COLUMNS], tl.float32))
+
+
+# dk, dv and dq
+
+
+@gluon.jit(do_not_specialize=["H_kv", "Nq", "Nk", "heads"])
+def gradients_kernel(
+    Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, heads,
+    GROUP: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, DQ_FIRST: gl.constexpr,
+    TURN: gl.constexpr, SUM: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of key tiles, and what they add to dq. The warps part here."""
+    dtype: gl.constexpr = Q.dtype
+    k_j = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_K, COLUMNS], K.layout)
+    v_j = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_K, COLUMNS], V.layout)
+    q_i = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, COLUMNS], Q.layout)
+    do_i = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, COLUMNS], DO.layout)
+    s_start = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], S_START.layout)
+    dp_start = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], DP_START.layout)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_Q], dtype)
+    ds_ji = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], DS)
+    OUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_Q, COLUMNS], gl.float32)
+    out = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_Q, COLUMNS], OUT)
+    k_tile = (k_j, _barriers(1), _barriers(1))  # each with what says that it is full, and empty
+    v_tile = (v_j, _barriers(1), _barriers(1))
+    i_empty = _barriers(STAGES)
+    i_tiles = (q_i, do_i, s_start, dp_start, _barriers(STAGES), _barriers(STAGES), i_empty)
+    sizes = (H_kv, Nq, Nk, heads)
+    group: gl.constexpr = GROUP
+    causal: gl.constexpr = CAUSAL
+    pairs: gl.constexpr = PAIRS
+    dq_first: gl.constexpr = DQ_FIRST
+    turn: gl.constexpr = TURN
+    sum: gl.constexpr = SUM
+    gl.warp_specialize(
+        [
+            (_consume, (k_tile, v_tile, i_tiles, ds_ji, out, DQ, DK, DV, scale, sizes,
+                        group, causal, pairs, dq_first, turn, sum)),
+            (_produce, (Q, K, V, DO, S_START, DP_START, k_tile, v_tile, i_tiles, sizes,
+                        group, causal, pairs, turn)),
+        ],
+        [1], [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr):
+    """COUNT barriers, of which each opens when one has arrived."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for x in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(x), count=1)
+    return barriers
+
+
+@gluon.jit
+def _produce(
+    Q, K, V, DO, S_START, DP_START, k_tile, v_tile, i_tiles, sizes,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr, TURN: gl.constexpr,
+):  # fmt: skip
+    """Have every tile loaded as soon as there is a place for it."""
+    BLOCK_Q: gl.constexpr = i_tiles[0].shape[3]
+    BLOCK_K: gl.constexpr = k_tile[0].shape[3]
+    H_kv, Nq, Nk, heads = sizes
+    n = 0
+    t = 0
+    pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        head_kv, start, stop, step = _piece(piece, Nk, BLOCK_K, PAIRS)
+        b, h_kv = head_kv // H_kv, head_kv % H_kv
+        for tile in range(start, stop, step):
+            j = tile * BLOCK_K
+            i, tiles, _ = _queries(j, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+            if TURN:
+                i = tile % tiles * BLOCK_Q
+            g = 0
+            for x in range(GROUP * tiles):
+                if x == 0:
+                    _fill(K, b, h_kv, j, k_tile, n)
+                h, head = h_kv * GROUP + g, head_kv * GROUP + g
+                _fill_i(Q, DO, S_START, DP_START, b, h, head, i, i_tiles, t)
+                if x == 0:
+                    _fill(V, b, h_kv, j, v_tile, n)
+                g, i = _next(g, i, Nq, GROUP, BLOCK_Q)
+                t += 1
+            n += 1
+
+
+@gluon.jit
+def _fill(X, b, h, j, tiles, t):
+    places, full, empty = tiles
+    STAGES: gl.constexpr = places.shape[0]
+    place, phase = t % STAGES, t // STAGES & 1
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    mbarrier.expect(full.index(place), X.block_type.nbytes)
+    load_tile(X, [b, h, j, 0], full.index(place), places.index(place))
+
+
+@gluon.jit
+def _fill_i(Q, DO, S_START, DP_START, b, h, head, i, i_tiles, t):
+    q_i, do_i, s_start, dp_start, q_full, do_full, empty = i_tiles
+    STAGES: gl.constexpr = q_i.shape[0]
+    place, phase = t % STAGES, t // STAGES & 1
+    BYTES: gl.constexpr = Q.block_type.nbytes + S_START.block_type.nbytes
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    mbarrier.expect(q_full.index(place), BYTES)
+    load_tile(Q, [b, h, i, 0], q_full.index(place), q_i.index(place))
+    load_tile(S_START, [head, i], q_full.index(place), s_start.index(place))
+    mbarrier.expect(do_full.index(place), BYTES)
+    load_tile(DO, [b, h, i, 0], do_full.index(place), do_i.index(place))
+    load_tile(DP_START, [head, i], do_full.index(place), dp_start.index(place))
+
+
+@gluon.jit
+def _consume(
+    k_tile, v_tile, i_tiles, ds_ji, out, DQ, DK, DV, scale, sizes,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr, DQ_FIRST: gl.constexpr,
+    TURN: gl.constexpr, SUM: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of every key tile, and what it adds to dq."""
+    q_places, do_places, s_start, dp_start, q_full, do_full, i_empty = i_tiles
+    dtype: gl.constexpr = q_places.dtype
+    STAGES: gl.constexpr = q_places.shape[0]
+    BLOCK_Q: gl.constexpr = q_places.shape[3]
+    BLOCK_K: gl.constexpr = k_tile[0].shape[3]
+    COLUMNS: gl.constexpr = k_tile[0].shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_Q, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
+    DQ_ACC: gl.constexpr = gl.NVMMADistributedLayout(  # 64 queries: half the columns for each four
+        [3, 0], [BLOCK_Q // 16, 128 // BLOCK_Q], [16, COLUMNS * BLOCK_Q // 128, 16]
+    )
+    H_kv, Nq, Nk, heads = sizes
+    scale_log2 = scale * LOG2E
+    s_zero = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, S)
+    dq_zero = gl.zeros([BLOCK_Q, COLUMNS], gl.float32, DQ_ACC)
+    n = 0
+    t = 0
+    pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        head_kv, start, stop, step = _piece(piece, Nk, BLOCK_K, PAIRS)
+        for tile in range(start, stop, step):
+            j = tile * BLOCK_K
+            i, tiles, masked = _queries(j, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+            if TURN:
+                i = tile % tiles * BLOCK_Q
+            g = 0
+            end = t + GROUP * tiles
+            first_whole = gl.minimum(gl.maximum(t, t + GROUP * masked - 1), end - 1)
+            dk_j = gl.zeros([BLOCK_K, COLUMNS], gl.float32, ACC)
+            dv_j = gl.zeros([BLOCK_K, COLUMNS], gl.float32, ACC)
+
+            mbarrier.wait(k_tile[1].index(0), n & 1)
+            mbarrier.wait(q_full.index(t % STAGES), t // STAGES & 1)
+            k_j = k_tile[0].index(0).reshape([BLOCK_K, COLUMNS])
+            q_i = q_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
+            s_ji = gl.broadcast(s_start.index(t % STAGES).load(S), s_zero)[0]
+            s_ji = warpgroup_mma(k_j, q_i.permute((1, 0)), s_ji)
+            p_ji = gl.exp2(scale_log2 * _masked(s_ji, i, j, Nq, Nk, CAUSAL))
+            mbarrier.wait(v_tile[1].index(0), n & 1)
+            mbarrier.wait(do_full.index(t % STAGES), t // STAGES & 1)
+
+            for PART in gl.static_range(3):  # the next tile is masked, is not, there is none
+                begin_part = t if PART == 0 else (first_whole if PART == 1 else end - 1)
+                end_part = first_whole if PART == 0 else (end - 1 if PART == 1 else end)
+                for t in range(begin_part, end_part):
+                    here = t >> 30  # 0. A 0 that the compiler knew would cost too many registers
+                    k_j = k_tile[0].index(here).reshape([BLOCK_K, COLUMNS])
+                    v_j = v_tile[0].index(here).reshape([BLOCK_K, COLUMNS])
+                    q_i = q_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
+                    do_i = do_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
+                    ds_place = ds_ji.index(here)
+
+                    dp_ji = gl.broadcast(dp_start.index(t % STAGES).load(S), s_zero)[0]
+                    dp_ji = warpgroup_mma(v_j, do_i.permute((1, 0)), dp_ji, is_async=True)
+                    p_16 = gl.convert_layout(p_ji.to(dtype), gl.DotOperandLayout(0, ACC, 2))
+                    dv_j = warpgroup_mma(p_16, do_i, dv_j, is_async=True)
+                    dp_ji = warpgroup_mma_wait(1, deps=[dp_ji])
+                    ds_place.store((p_ji * dp_ji).to(dtype))
+                    fence_async_shared()
+                    dv_j, p_16 = warpgroup_mma_wait(0, deps=[dv_j, p_16])
+
+                    if SUM and DQ_FIRST:
+                        dq_i = warpgroup_mma(
+                            ds_place.permute((1, 0)), k_j, dq_zero, use_acc=False, is_async=True
+                        )
+                    if PART < 2:
+                        u = t + 1
+                        mbarrier.wait(q_full.index(u % STAGES), u // STAGES & 1)
+                        q_next = q_places.index(u % STAGES).reshape([BLOCK_Q, COLUMNS])
+                        s_ji = gl.broadcast(s_start.index(u % STAGES).load(S), s_zero)[0]
+                        s_ji = warpgroup_mma(k_j, q_next.permute((1, 0)), s_ji, is_async=True)
+                    if SUM and not DQ_FIRST:
+                        dq_i = warpgroup_mma(
+                            ds_place.permute((1, 0)), k_j, dq_zero, use_acc=False, is_async=True
+                        )
+                    dk_j = warpgroup_mma(ds_place, q_i, dk_j, is_async=True)
+                    if SUM and DQ_FIRST:
+                        dq_i = warpgroup_mma_wait(2 if PART < 2 else 1, deps=[dq_i])
+                        _add(dq_i, DQ, [head_kv * GROUP + g, i, 0], out.index(t & 1))
+                    if PART < 2:
+                        s_ji = warpgroup_mma_wait(2 if SUM and not DQ_FIRST else 1, deps=[s_ji])
+                        if PART == 0:
+                            i_next = _next(g, i, Nq, GROUP, BLOCK_Q)[1]
+                            s_ji = _masked(s_ji, i_next, j, Nq, Nk, CAUSAL)
+                        p_ji = gl.exp2(scale_log2 * s_ji)
+                        mbarrier.wait(do_full.index(u % STAGES), u // STAGES & 1)
+                    if SUM and not DQ_FIRST:
+                        dq_i = warpgroup_mma_wait(1, deps=[dq_i])
+                        _add(dq_i, DQ, [head_kv * GROUP + g, i, 0], out.index(t & 1))
+                    dk_j = warpgroup_mma_wait(0, deps=[dk_j])
+                    mbarrier.arrive(i_empty.index(t % STAGES), count=1)
+                    g, i = _next(g, i, Nq, GROUP, BLOCK_Q)
+
+            t = end
+            mbarrier.arrive(k_tile[2].index(0), count=1)
+            mbarrier.arrive(v_tile[2].index(0), count=1)
+            b, h_kv = head_kv // H_kv, head_kv % H_kv
+            _store(dv_j, DV, [b, h_kv, j, 0], out.index(t & 1))
+            _store(scale * dk_j, DK, [b, h_kv, j, 0], out.index((t & 1) ^ 1))
+            n += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _masked(s_ji, i, j, Nq, Nk, CAUSAL: gl.constexpr):
+    """-inf where the key does not exist, or its p could overflow, or is in the query's future."""
+    S: gl.constexpr = s_ji.type.layout
+    cols = j + gl.arange(0, s_ji.shape[0], layout=gl.SliceLayout(1, S))
+    visible = (cols < Nk)[:, None]
+    if CAUSAL:
+        rows = i + gl.arange(0, s_ji.shape[1], layout=gl.SliceLayout(0, S))
+        visible = visible & (cols[:, None] <= rows[None, :] + (Nk - Nq))
+    return gl.where(visible, s_ji, float("-inf"))
+
+
+@gluon.jit
+def _add(x, X, at, place):
+    """Have x added to a tile of X, as soon as the place is free: two tiles ago it was used."""
+    tma.store_wait(1)
+    place.reshape(x.shape).store(x)
+    fence_async_shared()
+    add_tile(X, at, place)
+
+
+@gluon.jit
+def _store(x, X, at, place):
+    """Have x stored as a tile of X, from a place that held float32."""
+    HALVES: gl.constexpr = 2 * place.shape[1] // x.shape[0]  # tiles of 16 bits that fit there
+    tma.store_wait(1)
+    shape: gl.constexpr = [HALVES, 1, 1, x.shape[0], x.shape[1]]
+    place = reinterpreted(place, X.dtype, shape, X.layout).index(0)
+    place.reshape(x.shape).store(x.to(X.dtype))
+    fence_async_shared()
+    store_tile(X, at, place)
+
+
+@gluon.jit
+def _pieces(N, heads, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
+    """How many pieces of work there are."""
+    tiles = gl.cdiv(N, BLOCK)
+    return heads * gl.cdiv(tiles, 2) if PAIRS else heads * tiles
+
+
+@gluon.jit
+def _piece(piece, N, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
+    """The head, heads counted through all batches, and the range of tiles of a piece.
+
+    A pair is tile x and tile x from the end: causal, all pairs of a head take as long.
+    """
+    tiles = gl.cdiv(N, BLOCK)
+    if PAIRS:
+        half = gl.cdiv(tiles, 2)
+        head, x = piece // half, piece % half
+        start, stop, step = x, tiles - x, gl.maximum(1, tiles - 1 - 2 * x)
+    else:
+        head, x = piece // tiles, piece % tiles
+        start, stop, step = x, x + 1, 1
+    return head, start, stop, step
+
+
+@gluon.jit
+def _queries(
+    j, Nq, Nk, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """The first row of the query tiles that see any key of the tile; how many there are; how many
+    of them, the first, do not see all of it."""
+    first = 0
+    masked = 0
+    if CAUSAL:
+        first = gl.maximum(0, j - (Nk - Nq)) // BLOCK_Q
+        masked = gl.maximum(0, gl.cdiv(j + BLOCK_K - 1 - (Nk - Nq), BLOCK_Q) - first)
+    tiles = gl.cdiv(Nq, BLOCK_Q) - first
+    return first * BLOCK_Q, tiles, gl.where(j + BLOCK_K > Nk, tiles, masked)
+
+
+@gluon.jit
+def _next(g, i, Nq, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """After query tile i of head g of the group: first the other heads, then the next tile."""
+    i = gl.where(g == GROUP - 1, i + BLOCK_Q, i)
+    return gl.where(g == GROUP - 1, 0, g + 1), gl.where(i >= Nq, 0, i)
+
+
+# dq alone
+
+
+@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads", "padded"])
+def dq_kernel(
+    Q, K, V, DO, S_START, DP_START, DQ, scale, H, group, Nq, Nk, heads, padded,
+    COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
+    """dq of query tiles, each with the keys that it sees, as the forward."""
+    dtype: gl.constexpr = Q.dtype
+    q_i = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_Q, COLUMNS], Q.layout)
+    do_i = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_Q, COLUMNS], DO.layout)
+    k_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], K.layout)
+    v_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], V.layout)
+    out = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_Q, COLUMNS], DQ.layout)
+    q_tile = (q_i, _barriers(1), _barriers(1))
+    do_tile = (do_i, _barriers(1), _barriers(1))
+    k_tiles = (k_j, _barriers(STAGES), _barriers(STAGES))
+    v_tiles = (v_j, _barriers(STAGES), _barriers(STAGES))
+    sizes = (H, group, Nq, Nk, heads)
+    causal: gl.constexpr = CAUSAL
+    pairs: gl.constexpr = PAIRS
+    gl.warp_specialize(
+        [
+            (_consume_keys, (q_tile, do_tile, k_tiles, v_tiles, out, S_START, DP_START, DQ, scale,
+                             padded, sizes, causal, pairs)),
+            (_produce_keys, (Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes,
+                             causal, pairs)),
+        ],
+        [1], [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _produce_keys(
+    Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes,
+    CAUSAL: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: gl.constexpr = q_tile[0].shape[3]
+    BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
+    H, group, Nq, Nk, heads = sizes
+    n = 0
+    t = 0
+    pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, PAIRS)
+        b, h = head // H, head % H
+        for tile in range(start, stop, step):
+            i = tile * BLOCK_Q
+            tiles, _ = _keys(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+            _fill(Q, b, h, i, q_tile, n)
+            _fill(DO, b, h, i, do_tile, n)
+            for x in range(tiles):
+                j = (tiles - 1 - x) * BLOCK_K
+                _fill(K, b, h // group, j, k_tiles, t)
+                _fill(V, b, h // group, j, v_tiles, t)
+                t += 1
+            n += 1
+
+
+@gluon.jit
+def _consume_keys(
+    q_tile, do_tile, k_tiles, v_tiles, out, S_START, DP_START, DQ, scale, padded, sizes,
+    CAUSAL: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
+    """dq of every query tile. The key tiles come from the last that it sees to the first."""
+    k_places, k_full, k_empty = k_tiles
+    v_places, v_full, v_empty = v_tiles
+    dtype: gl.constexpr = k_places.dtype
+    STAGES: gl.constexpr = k_places.shape[0]
+    BLOCK_Q: gl.constexpr = q_tile[0].shape[3]
+    BLOCK_K: gl.constexpr = k_places.shape[3]
+    COLUMNS: gl.constexpr = k_places.shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_K, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
+    H, _, Nq, Nk, heads = sizes
+    scale_log2 = scale * LOG2E
+    zero = gl.zeros([BLOCK_Q, BLOCK_K], gl.float32, S)
+    q_i = q_tile[0].index(0).reshape([BLOCK_Q, COLUMNS])
+    do_i = do_tile[0].index(0).reshape([BLOCK_Q, COLUMNS])
+    n = 0
+    t = 0
+    pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
+    for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, PAIRS)
+        for tile in range(start, stop, step):
+            i = tile * BLOCK_Q
+            tiles, masked = _keys(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
+            end = t + tiles
+            first_whole = gl.minimum(gl.maximum(t, t + masked - 1), end - 1)
+            rows = head.to(gl.int64) * padded + i
+            rows += gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(1, S))
+            s_start = gl.load(S_START + rows)
+            dp_start = gl.load(DP_START + rows)
+            dq_i = gl.zeros([BLOCK_Q, COLUMNS], gl.float32, ACC)
+
+            mbarrier.wait(q_tile[1].index(0), n & 1)
+            mbarrier.wait(k_full.index(t % STAGES), t // STAGES & 1)
+            k_j = k_places.index(t % STAGES).reshape([BLOCK_K, COLUMNS])
+            s_ij = gl.broadcast(s_start[:, None], zero)[0]
+            s_ij = warpgroup_mma(q_i, k_j.permute((1, 0)), s_ij)
+            s_ij = _masked_keys(s_ij, i, (end - 1 - t) * BLOCK_K, Nq, Nk, CAUSAL)
+            p_ij = gl.exp2(scale_log2 * s_ij)
+            mbarrier.wait(do_tile[1].index(0), n & 1)
+            mbarrier.wait(v_full.index(t % STAGES), t // STAGES & 1)
+
+            for PART in gl.static_range(3):  # the next tile is masked, is not, there is none
+                begin_part = t if PART == 0 else (first_whole if PART == 1 else end - 1)
+                end_part = first_whole if PART == 0 else (end - 1 if PART == 1 else end)
+                for t in range(begin_part, end_part):
+                    k_j = k_places.index(t % STAGES).reshape([BLOCK_K, COLUMNS])
+                    v_j = v_places.index(t % STAGES).reshape([BLOCK_K, COLUMNS])
+                    dp_ij = gl.broadcast(dp_start[:, None], zero)[0]
+                    dp_ij = warpgroup_mma(do_i, v_j.permute((1, 0)), dp_ij, is_async=True)
+                    dp_ij = warpgroup_mma_wait(0, deps=[dp_ij])
+                    mbarrier.arrive(v_empty.index(t % STAGES), count=1)
+                    ds_16 = (p_ij * dp_ij).to(dtype)
+                    ds_16 = gl.convert_layout(ds_16, gl.DotOperandLayout(0, ACC, 2))
+                    if PART < 2:
+                        u = t + 1
+                        mbarrier.wait(k_full.index(u % STAGES), u // STAGES & 1)
+                        k_next = k_places.index(u % STAGES).reshape([BLOCK_K, COLUMNS])
+                        s_ij = gl.broadcast(s_start[:, None], zero)[0]
+                        s_ij = warpgroup_mma(q_i, k_next.permute((1, 0)), s_ij, is_async=True)
+                    dq_i = warpgroup_mma(ds_16, k_j, dq_i, is_async=True)
+                    if PART < 2:
+                        s_ij = warpgroup_mma_wait(1, deps=[s_ij])
+                        if PART == 0:
+                            s_ij = _masked_keys(s_ij, i, (end - 1 - u) * BLOCK_K, Nq, Nk, CAUSAL)
+                        p_ij = gl.exp2(scale_log2 * s_ij)
+                        mbarrier.wait(v_full.index(u % STAGES), u // STAGES & 1)
+                    dq_i, ds_16 = warpgroup_mma_wait(0, deps=[dq_i, ds_16])
+                    mbarrier.arrive(k_empty.index(t % STAGES), count=1)
+
+            t = end
+            mbarrier.arrive(q_tile[2].index(0), count=1)
+            mbarrier.arrive(do_tile[2].index(0), count=1)
+            tma.store_wait(0)  # of the tile before
+            out.reshape([BLOCK_Q, COLUMNS]).store((scale * dq_i).to(dtype))
+            fence_async_shared()
+            store_tile(DQ, [head // H, head % H, i, 0], out)
+            n += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _masked_keys(s_ij, i, j, Nq, Nk, CAUSAL: gl.constexpr):
+    S: gl.constexpr = s_ij.type.layout
+    cols = j + gl.arange(0, s_ij.shape[1], layout=gl.SliceLayout(0, S))
+    visible = (cols < Nk)[None, :]
+    if CAUSAL:
+        rows = i + gl.arange(0, s_ij.shape[0], layout=gl.SliceLayout(1, S))
+        visible = visible & (cols[None, :] <= rows[:, None] + (Nk - Nq))
+    return gl.where(visible, s_ij, float("-inf"))
+
+
+@gluon.jit
+def _keys(
+    i, Nq, Nk, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """How many key tiles any query of the tile sees, at least one, or there would be nothing to do;
+    and how many of them, the last, not all queries see whole."""
+    by_any = Nk
+    by_all = Nk
+    if CAUSAL:
+        by_any = gl.minimum(Nk, i + BLOCK_Q + Nk - Nq)
+        by_all = gl.minimum(Nk, gl.maximum(0, i + 1 + Nk - Nq))
+    tiles = gl.maximum(1, gl.cdiv(by_any, BLOCK_K))
+    return tiles, tiles - gl.minimum(by_all // BLOCK_K, tiles)
+
+
+# after
+
+
+@triton.jit(do_not_specialize=["H", "Nq"])
+def round_kernel(DQ_SUM, DQ, scale, H, Nq, BLOCK_Q: tl.constexpr):
+    """dq of one query tile, from its sum in float32."""
+    tiles = tl.cdiv(Nq, BLOCK_Q)
+    i, head = tl.program_id(0) % tiles * BLOCK_Q, tl.program_id(0) // tiles
+    dq_i = scale * DQ_SUM.load([head // H, head % H, i, 0])
+    DQ.store([head // H, head % H, i, 0], dq_i.to(DQ.dtype))
+
+
+# launches
+
+
+def backward(q, k, v, o, lse, do, problem, scale, deterministic=False, dlse=None, tile=None):
+    """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None.
+
+    scale: 1e-30 or more. deterministic: dq too is the same, to the bit, in every run, as dk and dv
+    always are. tile: a `Tile`; None takes that of TILES.
+    """
+    with torch.cuda.device_of(q):
+        return _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile)
+
+
+def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    if 0 in (B, Nq, Nk):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    tile = tile or TILES[columns(D)]
+    causal = problem.causal
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    padded = triton.cdiv(Nq, 128) * 128  # whole tiles of any kernel
+    s_start = hbm.empty((B * H, padded), q, torch.float32)
+    dp_start = hbm.empty((B * H, padded), q, torch.float32)
+    dq_sum = dq
+    if not deterministic:
+        dq_sum = hbm.empty((B, H, Nq, -(-D // 4) * 4), q, torch.float32)  # rows of whole 16 bytes
+
+    O, DO, DQ_SUM = (descriptors.tiles_of(x, ROWS) for x in (o, do, dq_sum))
+    start_kernel[(padded // ROWS * B * H,)](
+        O, DO, lse, s_start, dp_start, DQ_SUM, scale, H, Nq, padded,
+        COLUMNS=descriptors.columns(D), BLOCK_Q=ROWS, SUM=not deterministic,
+    )  # fmt: skip
+    if dlse is not None:
+        dp_start.view(B, H, padded)[..., :Nq] += dlse  # ∂lse/∂s = p
+
+    Q, DO = tiles_of(q, tile.block_q), tiles_of(do, tile.block_q)
+    K, V, DK, DV = (tiles_of(x, tile.block_k) for x in (k, v, dk, dv))
+    S_START, DP_START = (_descriptor(x, 1, tile.block_q) for x in (s_start, dp_start))
+    DQ = DK  # not used
+    if not deterministic:
+        DQ = _descriptor(dq_sum.flatten(0, 1), 1, tile.block_q, columns(D))
+    pairs = tile.pairs and causal
+    gradients_kernel[(_programs(q, Nk, tile.block_k, B * H_kv, tile, pairs),)](
+        Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, B * H_kv,
+        GROUP=H // H_kv, COLUMNS=columns(D), CAUSAL=causal, BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k, STAGES=tile.stages, PAIRS=pairs, DQ_FIRST=tile.dq_first,
+        TURN=tile.turn and not causal, SUM=not deterministic, num_warps=8,
+    )  # fmt: skip
+
+    if deterministic:
+        tile = DQ_TILE
+        Q, DO, DQ = (tiles_of(x, tile.block_q) for x in (q, do, dq))
+        K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
+        dq_kernel[(_programs(q, Nq, tile.block_q, B * H, tile, causal),)](
+            Q, K, V, DO, s_start, dp_start, DQ, scale, H, H // H_kv, Nq, Nk, B * H, padded,
+            COLUMNS=columns(D), CAUSAL=causal, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+            STAGES=tile.stages, PAIRS=causal, num_warps=8,
+        )  # fmt: skip
+    else:
+        DQ = descriptors.tiles_of(dq, ROWS)
+        round_kernel[(triton.cdiv(Nq, ROWS) * B * H,)](DQ_SUM, DQ, scale, H, Nq, BLOCK_Q=ROWS)
+    return tuple(without_padding(dx, x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
+
+
+def _programs(q, N, block, heads, tile, pairs):
+    """One for each piece of work or, if they are persistent, at most one for each SM."""
+    tiles = triton.cdiv(N, block)
+    pieces = heads * (triton.cdiv(tiles, 2) if pairs else tiles)
+    return min(pieces, triton_mode.sm_count(q.device)) if tile.persistent else pieces
+
+
+def tiles_of(x, rows):
+    """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` rows, with zeros beyond D."""
+    x = addressable(x)
+    return _descriptor(x, 1, 1, rows, columns(x.shape[3]))
+
+
+def _descriptor(x, *block):
+    layout = _layout(x.dtype, *block)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
+
+
+@functools.cache  # finding it takes longer than the launch
+def _layout(dtype, *block):
+    """How a tile lies in shared memory: swizzled, as the TMA writes it and wgmma reads it."""
+    types = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+    return gl.NVMMASharedLayout.get_default_for(list(block), types[dtype])
