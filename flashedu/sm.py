@@ -212,11 +212,7 @@ class Timeline:
 
     spans: tuple[Span, ...]
     seconds: float
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """Units, then warps, in the order of their first span."""
-        return tuple(dict.fromkeys(span.row for span in self.spans))
+    warps: tuple[str, ...]  # rows, beside those of UNITS
 
     def of(self, row: str) -> list[Span]:
         """A row's spans, in order of time."""
@@ -267,7 +263,8 @@ class SM:
             event()
         if stuck := [actor for actor in actors if not actor.done]:
             raise Deadlock(self._sentence(stuck))
-        return Timeline(tuple(self._spans), max((s.stop for s in self._spans), default=0.0))
+        seconds = max((span.stop for span in self._spans), default=0.0)
+        return Timeline(tuple(self._spans), seconds, tuple(warps))
 
     def _at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._number), event))

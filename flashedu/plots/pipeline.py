@@ -53,7 +53,7 @@ def who_waits(
     stop_s = stop_s or max(timeline.seconds for timeline in timelines.values())
     if not 0 <= start_s < stop_s:
         raise ValueError(f"start_s must be 0 or more and before stop_s, got {start_s} and {stop_s}")
-    rows = {label: _rows(timeline) for label, timeline in timelines.items()}
+    rows = {label: [sm.MEMORY, sm.TENSOR, *t.warps] for label, t in timelines.items()}
     with styled() as look:
         heights = [len(names) + 0.8 for names in rows.values()]
         fig, axes = plt.subplots(
@@ -85,11 +85,6 @@ def who_waits(
         )  # fmt: skip
         headline(fig, title)
     return fig
-
-
-def _rows(timeline: Timeline) -> list[str]:
-    warps = [row for row in timeline.rows if row not in sm.UNITS]
-    return [sm.MEMORY, sm.TENSOR, *warps]
 
 
 def _work(look: Look) -> dict[str, str]:
