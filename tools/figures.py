@@ -28,6 +28,8 @@ from flashedu.integrations.transformers import runs_of
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
+from flashedu.pipeline import FLASH2, FLASH3, Kernel, simulate, tflops_per_s
+from flashedu.plots.pipeline import Step
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
 from flashedu.serving.load import Lengths, Load, Served, SimulatedClock, serve
@@ -241,6 +243,34 @@ def splits() -> Figure:
         cases[f"batch {B}"] = rows
     chosen = {f"batch {B}": splits_for(places, 2 * B, 131072, 128) for B in (1, 8)}
     return plots.splits(cases, chosen, "tiles, one after the other", "Splits fill the card")
+
+
+# flash3's pipeline
+
+
+@example
+def who_waits() -> Figure:
+    kernels = {"flash2, 8 warps in turn": FLASH2, "a producer, two consumers": Kernel()}
+    return plots.who_waits(
+        {label: simulate(kernel, [8]) for label, kernel in kernels.items()},
+        "A key tile after another, on one SM", start_s=3e-6, stop_s=9e-6,
+    )  # fmt: skip
+
+
+@example
+def waterfall() -> Figure:
+    long = Problem(Nq=4096, B=4, H=16, D=128, causal=True)
+    kernels = {
+        "8 warps in turn": (FLASH2, None, True),
+        "a producer, two consumers": (Kernel(order="longest"), 566, True),
+        "ping-pong": (Kernel(order="longest", ping_pong=True), None, False),
+        "pairs of query tiles": (Kernel(order="pairs"), 610, True),
+        "a program stays": (Kernel(order="pairs", persistent=True), 632, True),
+        "two places for q": (FLASH3, 631, True),
+    }
+    steps = [Step(label, tflops_per_s(kernel, long), measured, kept)
+             for label, (kernel, measured, kept) in kernels.items()]  # fmt: skip
+    return plots.waterfall(steps, "Causal, N = 4096, D = 128")
 
 
 # the cache

@@ -16,6 +16,7 @@ from flashedu.plots.numerics import (
     running_sums,
     two_answers,
 )
+from flashedu.plots.pipeline import waterfall, who_waits
 from flashedu.plots.programs import busy_sms, masked_tiles, sm_timeline, splits, waiting
 from flashedu.plots.serving import batch_over_time, card_memory, factors, waiting_times
 from flashedu.plots.softmax import running_state
@@ -83,4 +84,6 @@ __all__ = [
     "waiting",
     "waiting_times",
     "walks",
+    "waterfall",
+    "who_waits",
 ]
