@@ -144,9 +144,9 @@ def heads_of_tile(problem):
 def tiles_of_step(starts, n_tokens, tokens):
     """The query tiles of all sequences: (n_tiles, 2), int32, sequence and first query.
 
-    The number of rows follows from sizes alone, so nothing waits for the GPU: n_tokens in
-    whole tiles, and one more for each sequence. Rows that are left over have sequence −1.
-    The last tiles come first: they see the most keys.
+    The number of rows follows from sizes alone, so nothing waits for the GPU: n_tokens
+    in whole tiles, and one more for each sequence. Rows that are left over have
+    sequence −1. The last tiles come first: they see the most keys.
     """
     Nq = starts.diff().clamp(min=0)
     of_each = -(-Nq // tokens)
