@@ -16,6 +16,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 CONDA_NAMES = {"pytorch": "torch"}
 CONDA_ONLY = {"pip"}
+OF_ITS_OWN = {"vllm"}  # an extra for another environment: vLLM pins its torch
 
 Bounds = dict[str, str]
 
@@ -28,8 +29,8 @@ def describe(requirement: Requirement) -> str:
 def pyproject_requirements(text: str) -> list[Requirement]:
     project = tomllib.loads(text)["project"]
     lines = list(project["dependencies"])
-    for extra in project["optional-dependencies"].values():
-        lines += extra
+    for name, extra in project["optional-dependencies"].items():
+        lines += [] if name in OF_ITS_OWN else extra
     return [Requirement(line) for line in lines]
 
 
