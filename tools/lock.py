@@ -45,6 +45,8 @@ CONSTRAINTS = [
     "soupsieve<3",
 ]
 
+OF_ITS_OWN = {"vllm"}  # an extra for another environment: vLLM pins its torch
+
 # The GPU libraries come with the torch build that pip picks. They are not pinned here.
 GPU_LIBRARIES = ("nvidia-", "cuda-")
 
@@ -80,8 +82,8 @@ class Package:
 def declared() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"]]
-    for extra in project["optional-dependencies"].values():
-        lines += extra
+    for name, extra in project["optional-dependencies"].items():
+        lines += [] if name in OF_ITS_OWN else extra
     return [Requirement(line) for line in lines]
 
 
