@@ -196,6 +196,7 @@ class Served:
         """Rates, percentiles and the mean batch."""
         new_tokens = sum(r.new_tokens for r in self.requests)
         return {
+            "seconds": self.seconds,
             "requests_per_s": len(self.requests) / self.seconds,
             "output_tokens_per_s": new_tokens / self.seconds,
             "latency_s": percentiles(self.latency_s),
