@@ -479,7 +479,7 @@ def test_show_draws_the_figures(capsys, tmp_path):
 # the command line
 
 
-@pytest.mark.parametrize("command", [(), ("tune",)])
+@pytest.mark.parametrize("command", [(), ("tune",), ("steps",)])
 def test_without_a_gpu_a_sentence_names_what_can_be_shown(capsys, monkeypatch, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = cli_run(capsys, *command)

@@ -7,18 +7,14 @@ mistake, the words, and the claim that it breaks.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import itertools
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from flashedu.bench.variants import mutated
 from flashedu.memory import Problem, machine
 from flashedu.stages import RUNGS, rung
 from flashedu.stages.reference import Reference
@@ -44,32 +40,6 @@ class Mutant:
     @property
     def changes(self) -> tuple[tuple[str, str], ...]:
         return ((self.old, self.new), *self.and_also)
-
-
-FOLDER = tempfile.TemporaryDirectory()
-NUMBERS = itertools.count()
-
-
-def mutated(name: str, changes: tuple[tuple[str, str], ...]) -> ModuleType:
-    """The module of that name with its source changed, beside the real one."""
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    for old, new in changes:
-        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {name}"
-        source = source.replace(old, new)
-    # A file, as Triton reads a kernel's source; operators of its own, as PyTorch has each once.
-    number = next(NUMBERS)
-    source = source.replace('"flashedu::', f'"flashedu_mutant_{number}::')
-    path = Path(FOLDER.name) / f"mutant_{number}_of_{name.rpartition('.')[2]}.py"
-    path.write_text(source, encoding="utf-8")
-    mutant = importlib.util.spec_from_file_location(path.stem, path)
-    assert mutant is not None
-    assert mutant.loader is not None
-    module = importlib.util.module_from_spec(mutant)
-    mutant.loader.exec_module(module)
-    return module
 
 
 def stage_with(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashedu.bench.variants import mutated
 from flashedu.memory import Machine, Problem, cost
 from flashedu.stages import rung
 from flashedu.testing import assert_right, draw
@@ -21,7 +22,6 @@ if torch.cuda.is_available():
 from flashedu.pages import PageAllocator, table
 from flashedu.stages import paged
 from flashedu.stages.reference import Reference
-from tests.test_mutants import mutated
 
 P = Problem(B=4, H=6, H_kv=2, Nq=1, Nk=150, D=13, dtype="float32")
 LENGTHS = [150, 16, 1, 97]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashedu.bench.variants import mutated
 from flashedu.memory import Machine, Problem
 from flashedu.stages import rung
 from flashedu.testing import assert_right, draw
@@ -20,7 +21,6 @@ if torch.cuda.is_available():
 from flashedu.stages import paged_varlen
 from flashedu.stages.paged_varlen import tiles_of_step
 from flashedu.stages.reference import Reference
-from tests.test_mutants import mutated
 
 P = Problem(B=1, H=6, H_kv=2, Nq=1, D=13, dtype="float32")
 N_PAGES = 40

@@ -21,6 +21,8 @@ CASE = ("section", "B", "H", "N", "D", "dtype", "causal", "runs")
 KINDS = {  # kind of a record → what its cases have, and what their runs have
     "attention": ((*CASE, "pass", "mode"), (*TIMED, "why", "peer", "errors", "tflops",
                                             "times_as_fast_as")),
+    "steps": ((*CASE, "pass", "mode", "consumers"), (*TIMED, "why", "peer", "against", "errors",
+                                                      "tflops", "times_as_fast_as")),
     "tiles": ((*CASE, "columns", "item_bytes", "best"), (*TIMED, "why", "tile")),
     "traffic": ((*CASE, "pass", "peer", "why"), (
         "kernel", "launched", "tile", "closed_form", "counted", "l2_to_sm_bytes", "sm_to_l2_bytes",

@@ -143,11 +143,15 @@ def _case(run: Run, shape: str, dtype: str, result: dict[str, Any]) -> dict[str,
 class Program:
     """A module as a program, in a process of its own: what it writes, as it is written.
 
-    `said`: its log so far. `why`: why it has not written more.
+    `limit_s`: when it is ended, LIMIT_S if None. `said`: its log so far. `why`: why it has not
+    written more.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, limit_s: float | None = None
+    ) -> None:
         self._module, self._arguments = module, arguments
+        self._limit_s = LIMIT_S if limit_s is None else limit_s
         self.said, self.why = "", "it did not end"
 
     def __enter__(self) -> Program:
@@ -168,7 +172,7 @@ class Program:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Each line of JSON that it has written whole, soon after."""
-        end = time.monotonic() + LIMIT_S
+        end = time.monotonic() + self._limit_s
         with self._out.open(encoding="utf-8") as out:
             running, rest = True, ""
             while running:
@@ -177,16 +181,18 @@ class Program:
                 self.said = self._log.read_text(encoding="utf-8", errors="replace")
                 yield from map(json.loads, whole)
                 if running and time.monotonic() > end:
-                    self.why = f"it took more than {LIMIT_S} s"
+                    self.why = f"it took more than {self._limit_s:g} s"
                     self._process.kill()
                 time.sleep(PATIENCE_S * running)
         if self._process.returncode:
             sys.stderr.write(self.said[-4000:])
 
 
-def program(module: str, arguments: Sequence[str]) -> tuple[list[dict[str, Any]], str, str]:
+def program(
+    module: str, arguments: Sequence[str], *, limit_s: float | None = None
+) -> tuple[list[dict[str, Any]], str, str]:
     """All that a `Program` writes; what it said, and why it wrote no more."""
-    with Program(module, arguments) as child:
+    with Program(module, arguments, limit_s=limit_s) as child:
         lines = list(child.lines())
     return lines, child.said, child.why
 

@@ -31,6 +31,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
     if data["kind"] == "tiles":
         yield from _tiles(record)
         return
+    if data["kind"] == "steps":
+        yield from _steps(record)
+        return
     if data["kind"] == "traffic":
         yield from _traffic(record)
         return
@@ -99,6 +102,8 @@ def figures(record: Record) -> dict[str, Figure]:
     from flashedu import plots
 
     found = {}
+    if record.data["kind"] == "steps":
+        return _waterfalls(record)
     if record.data["kind"] == "traffic":
         found["kernels"] = plots.predicted_counted_measured(
             three_counts(record), "Bytes into the SMs: formula, interpreter and card"
@@ -299,6 +304,56 @@ def _tiles(record: Record) -> Iterator[RenderableType]:
         if len(cases) == 3 and all(case["best"] for case in cases):
             tiles = ", ".join(f"Tile{tuple(case['best'])}" for case in cases)
             yield Text(f"{key}: Tiles({tiles}),")
+
+
+def _steps(record: Record) -> Iterator[RenderableType]:
+    """A table for each head size and mask; a row for each step."""
+    labels = {step["name"]: step["label"] for step in record.data["steps"]}
+    groups: dict[tuple[int, bool], list[Case]] = {}
+    for case in record.data["cases"]:
+        groups.setdefault((case["D"], case["causal"]), []).append(case)
+    for (d, causal), cases in groups.items():
+        what = f"TFLOP/s, {cases[0]['dtype']}, D {d}, {MASKS[causal]}, forward"
+        yield Text(f"\nsteps: {what}", "bold")
+        table = _table()
+        table.add_column("step")
+        for case in cases:
+            table.add_column(f"N\n{case['N']}", justify="right", no_wrap=True)
+            table.add_column("to\nthat", justify="right", no_wrap=True)
+        table.add_column("that")
+        of_case = [{run["peer"]: run for run in case["runs"]} for case in cases]
+        for name, first in of_case[0].items():
+            cells = []
+            for runs in of_case:
+                ratio = runs[name]["times_as_fast_as"].get(first["against"])
+                cells += [_rate(runs[name]), f"{ratio[0]:.2f}" if ratio else ""]
+            against = labels.get(first["against"], "")
+            table.add_row(labels.get(name, PEERS.get(name, name)), *cells, against)
+        yield table
+        for case in cases:
+            for run in case["runs"]:
+                if run["why"]:
+                    label = labels.get(run["peer"], run["peer"])
+                    yield Text(f"{label} at N {case['N']}: {run['why']}")
+    yield Text(
+        "to that: how many times as fast as the step in the last column. Each step is checked "
+        "against float64 before it is timed."
+    )
+
+
+def _waterfalls(record: Record) -> dict[str, Figure]:
+    """One for each head size and mask, at the longest N."""
+    from flashedu import plots
+    from flashedu.bench.steps import waterfall_of
+
+    found = {}
+    for d, causal in sorted({(case["D"], case["causal"]) for case in record.cases("steps")}):
+        N = max(case["N"] for case in record.cases("steps", D=d, causal=causal))
+        mask = MASKS[causal]
+        bars = waterfall_of(record, D=d, causal=causal, N=N)
+        title = f"From flash2 to flash3, forward, {mask}, N = {N}, D = {d}"
+        found[f"steps_d{d}_{mask}"] = plots.waterfall(bars, title)
+    return found
 
 
 _COUNTERS = ("l2_to_sm_bytes", "sm_to_l2_bytes", "dram_read_bytes", "dram_write_bytes")

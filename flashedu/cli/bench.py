@@ -138,6 +138,46 @@ def tune(
 
 
 @bench.command()
+def steps(
+    d: Annotated[Any, list_of("--d", "Head sizes, of 64 and 128; both.", one_of("64, 128"))] = None,
+    n: Annotated[Any, list_of("--n", "Lengths; 1024,4096,16384.")] = None,
+    causal: Annotated[bool, _CAUSAL] = False,
+    full: Annotated[bool, _FULL] = False,
+    tokens: Annotated[int, number("--tokens", "Batches times length.")] = 16384,
+    rounds: Annotated[int, _ROUNDS] = 10,
+    out: Annotated[str | None, _OUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
+    ] = False,
+) -> None:
+    """Time the steps from flash2 to flash3 on a Hopper GPU, and what was tried, and record it.
+
+    Each is flash3 with a few words of its source changed. Forward, in bfloat16, beside cuDNN.
+    """
+    device = _measuring_device("bench steps")
+    card = device.facts()
+    if list(card["compute_capability"]) != [9, 0]:
+        raise Stopped(f"flashedu bench steps: needs a Hopper GPU, got {card['card']}")
+    from flashedu.bench import steps as steps_
+    from flashedu.bench.cases import Choice, shape
+
+    choice = Choice(tokens=1024 if quick else tokens)
+    problems = [
+        shape(choice, length, int(size), mask)
+        for size in d or (64, 128)
+        for mask in _masks(causal, full)
+        for length in n or ((1024,) if quick else (1024, 4096, 16384))
+    ]
+    rounds = 3 if quick else rounds
+    with progress() as on_case:
+        timed = steps_.run(problems, device, rounds=rounds, on_case=on_case)
+        head = {"quick": quick, "rounds": rounds, "planned": len(problems), **steps_.provenance()}
+        path = _record_run("steps", device, timed, out, commit, head)
+    _show_record(path)
+
+
+@bench.command()
 def traffic(
     out: Annotated[str | None, _OUT] = None,
     commit: Annotated[str | None, _COMMIT] = None,
