@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import torch
 
 import flashedu
 from flashedu import stages
-from flashedu.memory import GPUS, Machine
+from flashedu.memory import GPUS, UNCOUNTED, Machine, Problem
 from flashedu.notebook import record
-from flashedu.stages import Rung, contract, dispatch, rung
+from flashedu.stages import Rung, contract, dispatch, online, rung
+from flashedu.testing import draw
+from tests.contract import Subject, claims
 
 if rung("flash2").missing():
     pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
@@ -129,7 +132,7 @@ def test_consumers_and_the_producer_share_the_registers_that_an_sm_has() -> None
 @pytest.mark.parametrize("Nq", [1, 5, 128, 1000, 4096])
 @pytest.mark.parametrize("block", [128, 192])
 def test_each_query_tile_is_in_one_piece_and_pieces_are_even(Nq: int, block: int) -> None:
-    """As `_piece` cuts them, written out."""
+    """As `tiles_of_piece` cuts them, written out."""
     tiles = -(-Nq // block)
     half = -(-tiles // 2)
     pieces = [list(range(x, tiles - x, max(1, tiles - 1 - 2 * x))) for x in range(half)]
@@ -152,6 +155,7 @@ def test_on_a_hopper_card_it_is_the_default_for_what_it_takes(
     x = torch.ones(1, 1, 2, 64, dtype=torch.float16)
     assert best(x) == "flash2"
     monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
     assert best(x) == best(x.bfloat16()) == "flash3"
     assert best(x.float()) == best(x, block_q=64) == best(x.repeat(1, 1, 1, 3)) == "flash2"
     assert best(x, machine=Machine()) == "online"
@@ -159,6 +163,8 @@ def test_on_a_hopper_card_it_is_the_default_for_what_it_takes(
     assert best(leaf) == "flash2"
     with torch.no_grad():
         assert best(leaf) == "flash3"
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
+    assert best(leaf) == "flash3"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
     assert best(x) == "flash2"
 
@@ -192,7 +198,7 @@ def test_what_it_does_not_take_gets_a_sentence_that_names_flash2() -> None:
         contract.check("flash3", q, q, q, causal=False, scale=None)
 
 
-def test_called_by_itself_it_says_so_too() -> None:
+def test_called_by_itself_it_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashedu.stages import flash3, triton_mode
 
     if not triton_mode.INTERPRETED:
@@ -200,5 +206,104 @@ def test_called_by_itself_it_says_so_too() -> None:
     q = torch.ones(1, 1, 2, 64, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="needs a Hopper GPU, and kernels are interpreted here"):
         flash3.attention(q, q, q)
-    with pytest.raises(ValueError, match="must not require gradients for stage 'flash3'"):
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 'yes'"):
+        flash3.attention(q, q, q, deterministic="yes")
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
+    wanted = "must not require gradients for stage 'flash3', .* or take stage 'flash2'"
+    with pytest.raises(ValueError, match=wanted):
         flash3.attention(q.requires_grad_(), q, q)
+
+
+# between PyTorch and the kernels: `online` stands in for them
+
+
+@pytest.fixture
+def flash3_here(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """flash3's module with other kernels; `.asked` is what each backward was asked for."""
+    from flashedu.stages import flash3, triton_mode
+
+    def tiled(p: Problem) -> Problem:
+        return p.replace(block_q=16, block_k=16)
+
+    def forward(q: Any, k: Any, v: Any, p: Problem, scale: float) -> Any:
+        assert scale >= flash3.SMALLEST_SCALE
+        return online.forward(q, k, v, tiled(p), scale, UNCOUNTED)
+
+    def backward(
+        q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, p: Problem, scale: float,
+        deterministic: bool, dlse: Any,
+    ) -> Any:  # fmt: skip
+        asked.append(deterministic)
+        return online.backward(do, dlse, q, k, v, o, lse, tiled(p), scale, UNCOUNTED)
+
+    asked: list[bool] = []
+    monkeypatch.setattr(flash3, "forward", forward)
+    monkeypatch.setattr(flash3, "backward", backward)
+    monkeypatch.setattr(flash3, "asked", asked, raising=False)
+    monkeypatch.setattr(flash3, "_check_card", lambda q: None)
+    monkeypatch.setattr(triton_mode, "check", lambda *rest: None)
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
+    return flash3
+
+
+P = Problem(B=2, H=4, H_kv=2, Nq=17, Nk=23, D=8, dtype="float16", causal=True)
+
+
+@pytest.mark.parametrize("claim", [
+    "gradients_of_lse_match_float64", "any_scale_is_right", "strides_do_not_matter",
+    "inputs_are_not_modified",
+])  # fmt: skip
+def test_gradients_pass_between_pytorch_and_the_kernels(claim: str, flash3_here: Any) -> None:
+    subject = Subject.of(replace(rung("flash3"), backward=True), flash3_here)
+    claims(subject)[claim](subject)
+    assert flash3_here.asked
+
+
+def test_a_backward_is_as_deterministic_as_was_asked(flash3_here: Any) -> None:
+    q, k, v, do = draw(P, framework="torch")
+    q.requires_grad_()
+    for deterministic in (False, True):
+        flash3_here.attention(q, k, v, deterministic=deterministic).backward(do)
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash3_here.attention(q, k, v).backward(do)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash3_here.asked == [False, True, True]
+
+
+def test_second_derivatives_get_a_sentence(flash3_here: Any) -> None:
+    q, k, v, do = draw(P, framework="torch")
+    o = flash3_here.attention(q.requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match="create_graph must be False for stage 'flash3'"):
+        torch.autograd.grad(o, q, do, create_graph=True)
+
+
+def test_the_operators_pass_opcheck(flash3_here: Any) -> None:
+    q, k, v = (x.requires_grad_() for x in draw(P, framework="torch")[:3])
+    found = torch.library.opcheck(flash3_here.flash3_op, (q, k, v, True, 0.25, True))
+    assert set(found.values()) == {"SUCCESS"}
+    assert set(flash3_here.asked) == {True}
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 1e-29, 1e-30, 9e-31, -1e-31, 2e-38, -2e-38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_that_kernels_take_makes_the_same_scores(scale: float, dtype: torch.dtype) -> None:
+    """In bfloat16 to the bit; in float16 q may vanish, where scores are below any rounding."""
+    from flashedu.stages import flash3
+
+    q = torch.linspace(-4, 4, 31).to(dtype)
+    scaled, taken = flash3._scaled(q, scale)
+    assert taken >= flash3.SMALLEST_SCALE
+    want, got = scale * q.double(), taken * scaled.double()
+    atol = 0 if dtype == torch.bfloat16 else 1e-28
+    torch.testing.assert_close(got, want, rtol=1e-15, atol=atol)
+
+
+def test_a_scale_below_all_normal_numbers_is_0() -> None:
+    from flashedu.stages import flash3
+
+    for scale in (0.0, 1e-40, -1e-40):
+        q, taken = flash3._scaled(torch.ones(3), scale)
+        assert taken == 1
+        assert not q.any()

@@ -6,8 +6,11 @@ card has 141 GB: with 80 GB there is room for `-n 4`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from importlib.metadata import version
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from packaging.version import Version
 import flashedu
 from flashedu import ladder, stages
 from flashedu.memory import UNCOUNTED, Machine, Problem, cost
-from flashedu.stages import RUNGS, Rung, online, rung
+from flashedu.stages import RUNGS, Rung, online, rung, triton_mode
 from flashedu.stages.reference import Reference
 from flashedu.stages.runs import Runs, everywhere, packed
 from flashedu.testing import assert_right, draw
@@ -58,6 +61,30 @@ def random(count: int, *shape: int) -> list[torch.Tensor]:
     return [torch.randn(shape, **options) for _ in range(count)]
 
 
+def differentiable(subject: Subject, deterministic: bool) -> Subject:
+    """flash3, or a mutant of it, with gradients: see `flash3_gradients`."""
+    assert subject.attention_with_lse is not None
+    how = {"deterministic": deterministic}
+    return dataclasses.replace(
+        subject,
+        backward=True,
+        attention=functools.partial(subject.attention, **how),
+        attention_with_lse=functools.partial(subject.attention_with_lse, **how),
+    )
+
+
+@functools.cache  # one subject, for whose inputs results are kept
+def with_gradients(deterministic: bool) -> Subject:
+    return differentiable(Subject.of(rung("flash3"), device="cuda"), deterministic)
+
+
+@pytest.fixture
+def flash3_gradients(monkeypatch: pytest.MonkeyPatch):
+    """flash3's module, which takes gradients."""
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
+    return rung("flash3").load()
+
+
 def for_a_card(r: Rung) -> list[str]:
     """Claims that hold for compiled kernels: those cannot be counted."""
     counted = {"counted_bytes", "counting"}
@@ -82,8 +109,16 @@ COMPILED_MUTANTS = [
 
 
 @pytest.mark.parametrize("mutant", COMPILED_MUTANTS, ids=str)
-def test_compiled_mutant_is_caught(mutant: Mutant) -> None:
-    assert_caught(stage_with(mutant.stage, mutant.changes, "cuda"), mutant.caught_by)
+def test_compiled_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = stage_with(mutant.stage, mutant.changes, "cuda", mutant.where)
+    if mutant.where == "flash3_backward":
+        monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
+        check = claims(with_gradients(True))[mutant.caught_by]
+        both = [differentiable(subject, deterministic) for deterministic in (True, False)]
+        with pytest.raises(AssertionError):
+            list(map(check, both))
+        return
+    assert_caught(subject, mutant.caught_by)
 
 
 @pytest.mark.parametrize("stage", sorted(KERNELS))
@@ -103,6 +138,7 @@ def test_results_stay_on_the_card(stage: Rung) -> None:
 def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3(monkeypatch, flash3) -> None:
     q, k, v, _ = drawn(P)
     monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", flash3)
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
     want = "flash3" if flash3 and "flash3" not in WITHOUT else "flash2"
     assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage=want))
     for x in (q.float(), q.repeat(1, 1, 1, 4), q.detach().requires_grad_()):
@@ -112,6 +148,9 @@ def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3(monkeypatch, 
     machine = Machine()
     flashedu.attention(q, k, v, machine=machine)  # which compiled kernels cannot count
     assert machine.launches == ["online"]
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
+    o = flashedu.attention(q.requires_grad_(), k, v)
+    assert torch.equal(o, flashedu.attention(q, k, v, stage=want))
 
 
 def test_the_ladder_counts_kernels_where_they_are_compiled() -> None:
@@ -253,7 +292,7 @@ def test_torch_compile_gives_the_bits_of_flash3(D: int) -> None:
 @on_hopper
 def test_the_operator_of_flash3_passes_opcheck() -> None:
     q, k, v, _ = drawn(P)
-    found = torch.library.opcheck(rung("flash3").load().flash3_op, (q, k, v, True, 0.25))
+    found = torch.library.opcheck(rung("flash3").load().flash3_op, (q, k, v, True, 0.25, False))
     assert set(found.values()) == {"SUCCESS"}
 
 
@@ -272,8 +311,9 @@ def test_a_cuda_graph_replays_flash3() -> None:
 
 
 @on_hopper
-def test_flash3_says_what_it_does_not_take() -> None:
+def test_flash3_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = drawn(P)
+    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
     flash3 = rung("flash3").load()
     with pytest.raises(ValueError, match="must not require gradients for stage 'flash3'"):
         flash3.attention(q.requires_grad_(), k, v)
@@ -281,6 +321,146 @@ def test_flash3_says_what_it_does_not_take() -> None:
         flash3.attention(q.detach(), k, v, machine=Machine())
     with pytest.raises(ValueError, match="q must be on cuda for stage 'flash3', got cpu"):
         flash3.attention(q.detach().cpu(), k.cpu(), v.cpu())
+
+
+# flash3, backward: on in these tests only, as long as FLASH3_BACKWARD is False
+
+TO_THE_BIT = {  # promised of dq in deterministic mode only
+    "two_runs_give_the_same_bits", "scale_defaults_to_one_over_root_d", "batches_do_not_mix",
+    "future_keys_do_not_change_past_outputs", "each_head_reads_its_own_key_head",
+}  # fmt: skip
+GRADIENT_CLAIMS = [
+    (claim, deterministic)
+    for claim in for_a_card(dataclasses.replace(rung("flash3"), backward=True))
+    for deterministic in (False, True)
+    if deterministic or claim not in TO_THE_BIT
+]
+in_both_modes = pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "det"])
+
+
+@on_hopper
+@pytest.mark.parametrize(("claim", "deterministic"), GRADIENT_CLAIMS)
+def test_contract_of_flash3_with_gradients(claim, deterministic, flash3_gradients) -> None:
+    subject = with_gradients(deterministic)
+    claims(subject)[claim](subject)
+
+
+@on_hopper
+@in_both_modes
+@pytest.mark.parametrize("N", [4096, 16384, 65537])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_long_sequences_by_flash3_are_right(
+    N: int, D: int, causal: bool, deterministic: bool, flash3_gradients
+) -> None:
+    """As for flash2: the last 32 queries alone make dk and dv."""
+    q, k, v, do = random(4, 1, 2, N, D)
+    q = 3 * q
+    do[:, :, :-32] = 0
+    got = run("flash3", q, k, v, do, causal=causal, deterministic=deterministic)
+    few = Reference(got.o[:, :, -32:], got.lse[:, :, -32:], got.dq[:, :, -32:], got.dk, got.dv)
+    assert_right(few, q[:, :, -32:], k, v, do[:, :, -32:], causal=causal)
+    assert not got.dq[:, :, :-32].any()
+
+
+@on_hopper
+@in_both_modes
+@pytest.mark.parametrize("D", [7, 64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_flash3_are_the_same_bits_each_time(
+    D: int, causal: bool, deterministic: bool, flash3_gradients
+) -> None:
+    """dk and dv always, and dq in deterministic mode."""
+    inputs = drawn(P.replace(B=4, H=32, D=D, Nq=700, Nk=900))
+    options = {"causal": causal, "deterministic": deterministic}
+    first = run("flash3", *inputs, **options)
+    for _ in range(50):
+        got = run("flash3", *inputs, **options)
+        assert torch.equal(got.dk, first.dk)
+        assert torch.equal(got.dv, first.dv)
+        assert not deterministic or torch.equal(got.dq, first.dq)
+
+
+@on_hopper
+def test_where_pytorch_wants_deterministic_algorithms_dq_is_that_of_deterministic(
+    flash3_gradients,
+) -> None:
+    inputs = drawn(P.replace(H=32, D=128, Nq=700, Nk=900))
+    want = run("flash3", *inputs, deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(map(torch.equal, run("flash3", *inputs), want))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_hopper
+@pytest.mark.parametrize("Nq", [1, 64, 129, 515])
+@pytest.mark.parametrize("Nk", [1, 128, 191, 1030])
+@in_both_modes
+def test_gradients_of_flash3_are_right_where_no_tile_is_full(
+    Nq: int, Nk: int, deterministic: bool, flash3_gradients
+) -> None:
+    """More queries than keys and fewer, heads that share keys, and a program for each 5 SMs."""
+    subject = with_gradients(deterministic)
+    for D, causal in itertools.product((40, 128), (False, True)):
+        p = Problem(B=2, H=6, H_kv=2, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype="bfloat16")
+        with mock.patch.object(triton_mode, "sm_count", return_value=5):
+            subject.assert_right(p, subject.draw(p), "o lse dq dk dv")
+
+
+@on_hopper
+@pytest.mark.parametrize("scale", [1e-33, -1e-36, 1e-6, 30.0])
+def test_gradients_of_flash3_are_right_at_any_scale(scale: float, flash3_gradients) -> None:
+    """Below 1e-30 a factor moves from the scale to q: the backward divides by the scale."""
+    subject, p = with_gradients(False), P.replace(dtype="bfloat16", Nk=300)
+    subject.assert_right(p, subject.draw(p), "o lse dq dk dv", scale=scale)
+
+
+@on_hopper
+@pytest.mark.filterwarnings("default")  # torch.compile warns, by version
+@pytest.mark.parametrize("D", [40, 128])
+def test_torch_compile_gives_the_gradients_of_flash3(D: int, flash3_gradients) -> None:
+    q, k, v, do = drawn(P.replace(D=D))
+
+    def attend(q, k, v):
+        o, lse = flash3_gradients.attention_with_lse(q, k, v, causal=True, deterministic=True)
+        return o, lse.exp()  # which has a gradient where lse is -inf: 0
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        outputs = function(*leaves)
+        more = torch.autograd.grad(outputs, leaves, (do, do[..., 0].float()))
+        results.append([*outputs, *more])
+    assert all(map(torch.equal, *results))
+
+
+@on_hopper
+@in_both_modes
+def test_the_operator_of_flash3_passes_opcheck_with_gradients(deterministic, flash3_gradients):
+    q, k, v = (x.requires_grad_() for x in drawn(P)[:3])
+    arguments = (q, k, v, True, 0.25, deterministic)
+    found = torch.library.opcheck(flash3_gradients.flash3_op, arguments)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@on_hopper
+def test_two_thousand_backwards_of_flash3_on_any_shape_come_to_an_end(flash3_gradients) -> None:
+    """As for the forward; each hundredth is held against float64."""
+    rng = np.random.default_rng(0)
+    for launch in range(2000):
+        B, H_kv, group = (int(n) for n in rng.integers(1, 4, 3))
+        (Nq, Nk), D = (int(n) for n in 2 ** rng.uniform(0, 10, 2)), int(rng.choice([64, 128]))
+        shapes = (B, H_kv * group, Nq, D), (B, H_kv, Nk, D)
+        q, k, v, do = (
+            torch.randn(shapes[x], device="cuda", dtype=torch.bfloat16) for x in (0, 1, 1, 0)
+        )
+        options = {"causal": bool(launch % 2), "deterministic": bool(launch // 2 % 2)}
+        got = run("flash3", q, k, v, do, **options)
+        if launch % 100 in (0, 51):
+            assert_right(got, q, k, v, do, causal=options["causal"])
+    torch.cuda.synchronize()
 
 
 # texts of different lengths, packed

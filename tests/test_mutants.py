@@ -33,6 +33,7 @@ class Mutant:
     and_also: tuple[tuple[str, str], ...] = ()  # further words to replace
     gpu_only: bool = False  # the interpreter computes right all the same
     cpu_only: bool = False  # a card takes all splits of these sizes in one step
+    where: str = ""  # the words stand in a module that the stage imports
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.mistake}"
@@ -43,9 +44,11 @@ class Mutant:
 
 
 def stage_with(
-    name: str, changes: tuple[tuple[str, str], ...] = (), device: str = "cpu"
+    name: str, changes: tuple[tuple[str, str], ...] = (), device: str = "cpu", where: str = ""
 ) -> Subject:
-    return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes), device)
+    """The stage with its source changed, or that of the module `where` beneath it."""
+    beneath = (f"flashedu.stages.{where}",) if where else ()
+    return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes, beneath), device)
 
 
 OUTPUTS, LSE, GRADIENTS = (
@@ -494,11 +497,11 @@ MUTANTS = [
     Mutant("flash3", "only the last key tile is masked", MANY_TILES,
            "masked = seen_by_any - seen_by_all", "masked = 1"),
     Mutant("flash3", "the second query tile of a pair is left out", WRITTEN,
-           "stop, step = tiles - x,", "stop, step = tiles - x - 1,"),
+           "stop, step = tiles - x,", "stop, step = tiles - x - 1,", where="hopper"),
     Mutant("flash3", "a consumer takes the queries of its neighbour", MANY_TILES,
            "i = tile * BLOCK_Q + C * ROWS", "i = tile * BLOCK_Q + (C + 1) % CONSUMERS * ROWS"),
     Mutant("flash3", "the wrong key head", HEADS,
-           "_fill(K, b, h // group, j,", "_fill(K, b, h % (H // group), j,"),
+           "fill(K, b, h // group, j,", "fill(K, b, h % (H // group), j,"),
     Mutant("flash3", "divided by a sum of 0", BLIND,
            "l_some = gl.where(some, l_i, 1.0)", "l_some = l_i"),
     Mutant("flash3", "-inf − -inf: a row with no key gives NaN", BLIND,
@@ -506,8 +509,42 @@ MUTANTS = [
     Mutant("flash3", "lse in base 2", LSE,
            "LN2 * (m_i + gl.log2(l_some))", "m_i + gl.log2(l_some)"),
     Mutant("flash3", "the caller's scale is ignored", ANY_SCALE,
-           "return forward(q, k, v, problem, scale)",
-           "return forward(q, k, v, problem, problem.D**-0.5)"),
+           "q, scale = _scaled(q, scale)", "scale = problem.D**-0.5"),
+    Mutant("flash3", "a negative scale is taken for 0", ANY_SCALE,
+           "    if scale < 0:", "    if False:"),
+    # flash3, backward: caught in one of its modes, at least
+    *(
+        Mutant("flash3", mistake, claim, old, new, where="flash3_backward")
+        for mistake, claim, old, new in (
+            ("delta left out", GRADIENTS, "-tl.sum(do_i * o_i, 1)", "0 * tl.sum(do_i * o_i, 1)"),
+            ("the gradient of lse left out", "gradients_of_lse_match_float64",
+             "if dlse is not None:", "if False:"),
+            ("the gradient of lse subtracted, not added", "gradients_of_lse_match_float64",
+             "[..., :Nq] += dlse", "[..., :Nq] -= dlse"),
+            ("lse taken for base 2", GRADIENTS, "-lse_i / scale", "-0.6931 * lse_i / scale"),
+            ("rows that do not exist are seen", GRADIENTS,
+             'tl.where(lse_i == float("-inf"), float("inf"), lse_i)', "lse_i"),
+            ("dq begins where memory was", WRITTEN, "    if SUM:\n        DQ_SUM.store",
+             "    if False:\n        DQ_SUM.store"),
+            ("dk is not scaled", GRADIENTS, "_store(scale * dk_j,", "_store(dk_j,"),
+            ("dq is not scaled", GRADIENTS, "scale * DQ_SUM.load", "DQ_SUM.load"),
+            ("dq alone is not scaled", GRADIENTS, "(scale * dq_i).to(dtype)", "dq_i.to(dtype)"),
+            ("dq of one key tile, not of all", MANY_TILES,
+             "    add_tile(X, at, place)", "    store_tile(X, at, place)"),
+            ("the mask is off by one: a key too few", GRADIENTS,
+             "cols[:, None] <= rows[None, :]", "cols[:, None] < rows[None, :]"),
+            ("the mask of dq alone is off by one: a key too few", GRADIENTS,
+             "cols[None, :] <= rows[:, None]", "cols[None, :] < rows[:, None]"),
+            ("only the first query tile is masked", MANY_TILES,
+             "gl.maximum(0, gl.cdiv(j + BLOCK_K - 1 - (Nk - Nq), BLOCK_Q) - first)", "1"),
+            ("the wrong heads of a group", GRADIENTS,
+             "h, head = h_kv * GROUP + g,", "h, head = g * H_kv + h_kv,"),
+            ("the wrong key head for dq alone", GRADIENTS,
+             "fill(K, b, h // group, j,", "fill(K, b, h % (H // group), j,"),
+            ("dp from do and k", GRADIENTS,
+             "warpgroup_mma(v_j, do_i.permute(", "warpgroup_mma(k_j, do_i.permute("),
+        )
+    ),
     Mutant("naive", "S read once more", COUNTED, "s = S.load()", "s = S.load(); S.load()"),
     Mutant("tiled", "four passes over k", COUNTED,
            "            l_i = np.where(l_i == 0, 1, l_i)",
@@ -557,6 +594,15 @@ class TestMutantsOfKernels:  # a class of its own: another worker can take it
     @pytest.mark.parametrize("mutant", [m for m in ON_THE_CPU if m.stage in KERNELS], ids=str)
     def test_mutant_is_caught(self, mutant: Mutant) -> None:
         assert_caught(stage_with(mutant.stage, mutant.changes), mutant.caught_by)
+
+
+def test_the_words_of_mutants_that_need_a_card_stand_in_the_source() -> None:
+    if rung("flash2").missing():
+        pytest.skip("needs Triton, which exists for Linux only")
+    for mutant in MUTANTS:
+        if rung(mutant.stage).hopper_only:
+            subject = stage_with(mutant.stage, mutant.changes, where=mutant.where)
+            assert subject.attention is not rung(mutant.stage).load().attention
 
 
 @pytest.mark.parametrize("stage", sorted({m.stage for m in ON_THE_CPU}))

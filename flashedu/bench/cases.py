@@ -9,6 +9,7 @@ from typing import Any
 
 from flashedu.memory import Problem
 from flashedu.memory.problem import ITEM_BYTES
+from flashedu.stages import RUNGS
 
 PEERS = {  # name → as a reader knows it
     "flash2": "flash2",
@@ -38,7 +39,7 @@ PEERS = {  # name → as a reader knows it
 }
 AT_SPEED = ("flash2", "flash3", "flash1", "standard", "sdpa-flash", "sdpa-cudnn",
             "sdpa-efficient", "flex", "sdpa-math")  # fmt: skip
-FORWARD_ONLY = ("flash3", "flash1")
+FORWARD_ONLY = {r.name for r in RUNGS if not r.backward}
 USUAL = tuple(name for name in AT_SPEED if name != "sdpa-math")
 DRAWN = (*AT_SPEED, "decode", "copy")  # in figures
 HIDDEN = 2048  # H · D

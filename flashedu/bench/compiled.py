@@ -112,9 +112,9 @@ def cases(
 
 def _tiles(case: Case) -> Any:
     if case.stage == "flash3":
-        from flashedu.stages import flash3
+        from flashedu.stages import flash3, hopper
 
-        return flash3.consumers_for(flash3.columns(case.D), case.causal, case.N)
+        return flash3.consumers_for(hopper.columns(case.D), case.causal, case.N)
     from flashedu.stages.flash2_tiles import tiles_for
 
     item = ITEM_BYTES[case.dtype]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flashedu.plots.pipeline import Step as Bar
 
 FLASH3_MODULE = "flashedu.stages.flash3"
+BENEATH = ("flashedu.stages.hopper",)
 CUDNN = "sdpa-cudnn"
 LIMIT_S = 100  # of a step's trial: it compiles up to five kernels
 LAUNCHES = 3  # of a trial, of each size
@@ -46,12 +47,12 @@ APART: Changes = (
      "                    k_j"),
 )  # fmt: skip
 NO_PAIRS: Changes = (
-    ("each = gl.cdiv(tiles, 2) if CAUSAL else tiles", "each = tiles"),
-    ("(triton.cdiv(tiles, 2) if problem.causal else tiles)", "tiles"),
+    ("each = gl.cdiv(tiles, 2) if PAIRS else tiles", "each = tiles"),
+    ("(triton.cdiv(tiles, 2) if pairs else tiles)", "tiles"),
 )
 _pair = "        stop, step = tiles - x, gl.maximum(1, tiles - 1 - 2 * x)\n"
 LONGEST: Changes = (*NO_PAIRS, (_pair, "        start, stop = tiles - 1 - x, tiles - x\n"))
-IN_ORDER: Changes = (*NO_PAIRS, (f"    if CAUSAL:\n{_pair}", ""))
+IN_ORDER: Changes = (*NO_PAIRS, (f"    if PAIRS:\n{_pair}", ""))
 NOT_PERSISTENT: Changes = (
     ("(min(pieces, triton_mode.sm_count(q.device)),)", "(pieces,)"),
 )  # fmt: skip
@@ -284,7 +285,7 @@ def module_of(step: Step) -> Any:
     from flashedu.stages import rung
 
     if step.changes:
-        return mutated(FLASH3_MODULE, step.changes)
+        return mutated(FLASH3_MODULE, step.changes, BENEATH)
     return rung("flash3" if step.name == "flash3" else "flash2").load()
 
 

@@ -4,39 +4,61 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 FOLDER = tempfile.TemporaryDirectory()
 NUMBERS = itertools.count()
 Changes = Iterable[tuple[str, str]]  # old words → new words
 
 
-def changed(name: str, changes: Changes) -> str:
-    """The source of the module of that name, changed. Each change must find its words once.
+def sources(name: str, changes: Changes, beneath: Sequence[str] = ()) -> dict[str, str]:
+    """The source of the module of that name, and of those beneath it, by name, all changed.
 
-    Raises ValueError for words that stand there more or less often.
+    Each change must find its words once in all of them. Raises ValueError for words that stand
+    there more or less often.
     """
+    found = {module: _source(module) for module in (name, *beneath)}
+    for old, new in changes:
+        times = sum(source.count(old) for source in found.values())
+        if times != 1:
+            modules = " and ".join(found)
+            raise ValueError(f"old words must stand once in {modules}, got {times} times {old!r}")
+        found = {module: source.replace(old, new) for module, source in found.items()}
+    return found
+
+
+def changed(name: str, changes: Changes, beneath: Sequence[str] = ()) -> str:
+    """`sources`, one behind another."""
+    return "\n".join(sources(name, changes, beneath).values())
+
+
+def mutated(name: str, changes: Changes, beneath: Sequence[str] = ()) -> ModuleType:
+    """The module of that name with its source changed, and that of those it imports `beneath`."""
+    texts = sources(name, changes, beneath)
+    if not beneath:
+        return _loaded(name, texts[name])
+    importlib.import_module(name)  # and what it imports: what is loaded below is forgotten again
+    with mock.patch.dict(sys.modules):
+        sys.modules.update({module: _loaded(module, texts[module]) for module in beneath})
+        return _loaded(name, texts[name])
+
+
+def _source(name: str) -> str:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ValueError(f"name must be that of a module with a source, got {name!r}")
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    for old, new in changes:
-        if source.count(old) != 1:
-            raise ValueError(
-                f"old words must stand once in {name}, got {source.count(old)} times {old!r}"
-            )
-        source = source.replace(old, new)
-    return source
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def mutated(name: str, changes: Changes) -> ModuleType:
-    """The module of that name with its source changed."""
+def _loaded(name: str, source: str) -> ModuleType:
     # A file, as Triton reads a kernel's source; operators of its own, as PyTorch has each once.
     number = next(NUMBERS)
-    source = changed(name, changes).replace('"flashedu::', f'"flashedu_mutant_{number}::')
+    source = source.replace('"flashedu::', f'"flashedu_mutant_{number}::')
     path = Path(FOLDER.name) / f"mutant_{number}_of_{name.rpartition('.')[2]}.py"
     path.write_text(source, encoding="utf-8")
     mutant = importlib.util.spec_from_file_location(path.stem, path)

@@ -347,7 +347,8 @@ def stage_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs | No
     if runs is not None:
         return "varlen"
     flash3, longest = rung("flash3"), max(q.shape[3], v.shape[3])
-    takes = dtype_name(q) in flash3.dtypes and longest <= flash3.largest_D and not gradients
+    takes = dtype_name(q) in flash3.dtypes and longest <= flash3.largest_D
+    takes = takes and (stages.FLASH3_BACKWARD or not gradients)
     takes = takes and stages.FLASH3_BY_DEFAULT and major == 9 and "flash3" in _loaded
     return "flash3" if takes else "flash2"
 

@@ -177,6 +177,9 @@ INFERENCE = (
 # after it was measured, and as it is now has not run on a card.
 FLASH3_BY_DEFAULT = False
 
+# Whether flash3 gives gradients. Not yet: its backward compiles, and has not run on a card.
+FLASH3_BACKWARD = False
+
 # What runs on one kind of card only, and cannot be interpreted: nothing counts its bytes.
 HOPPER = (
     Rung(
@@ -186,6 +189,7 @@ HOPPER = (
         ("float16", "bfloat16"),
         tile_sizes=(),
         lse=True,
+        backward=FLASH3_BACKWARD,
         requires=("torch", "triton"),
         largest_D=128,
         hopper_only=True,

@@ -138,13 +138,18 @@ def check_splits(splits: Any) -> None:
 
 def refuse_gradients(stage: str, *inputs: Any) -> None:
     """Raise ValueError, with a sentence, if gradients of the inputs would be asked for."""
-    import torch
-
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if gradients_wanted(*inputs):
         raise ValueError(
             f"q, k and v must not require gradients for stage '{stage}', which has no backward: "
             "detach them, or take stage 'flash2'"
         )
+
+
+def gradients_wanted(*inputs: Any) -> bool:
+    """Whether PyTorch would ask for gradients of any of these tensors."""
+    import torch
+
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def check_scale(scale: Any, D: int) -> float:

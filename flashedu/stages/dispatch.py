@@ -7,7 +7,7 @@ from typing import Any
 
 from flashedu import stages
 from flashedu.stages import LADDER, RUNGS, Rung, rung
-from flashedu.stages.contract import dtype_name, framework_of
+from flashedu.stages.contract import dtype_name, framework_of, gradients_wanted
 
 
 def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> Any:
@@ -30,7 +30,7 @@ def _best_for(
 ) -> Rung:
     """The highest rung that is quick on q: an interpreted kernel is not, and none is counted.
 
-    flash3 has fewer options and no gradients; where they are asked for, it is flash2.
+    flash3 has other options, and no gradients yet; where they are asked for, it is flash2.
     """
     framework = framework_of(q)
     if framework is None:
@@ -50,11 +50,10 @@ def hopper_takes(q: Any, k: Any, v: Any) -> bool:
     import torch
 
     flash3, tensors = rung("flash3"), [x for x in (q, k, v) if framework_of(x) == "torch"]
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return (
         stages.FLASH3_BY_DEFAULT
         and _runs_on(flash3, q)
-        and not gradients
+        and (stages.FLASH3_BACKWARD or not gradients_wanted(*tensors))
         and (q.ndim == 4 and q.shape[3] <= flash3.largest_D)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and flash3.missing() is None

@@ -18,19 +18,32 @@ loaded while this one is computed.
 Source: FlashAttention-3 (arXiv 2407.08608), Algorithm 1 and section 3.1.
 """
 
-import functools
 import math
 
 import torch
 
+from flashedu import stages
 from flashedu.memory import hbm
 from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
-from flashedu.stages.contract import check, dtype_name, refuse_gradients
-from flashedu.stages.descriptors import addressable, empty_like, without_padding
-from flashedu.stages.gluon_names import load_tile, store_tile
+from flashedu.stages.contract import (
+    check,
+    dtype_name,
+    gradients_wanted,
+    refuse_gradients,
+)
+from flashedu.stages.descriptors import empty_like, without_padding
+from flashedu.stages.flash3_backward import backward
+from flashedu.stages.gluon_names import store_tile
+from flashedu.stages.hopper import (
+    columns,
+    fill,
+    pieces_of,
+    places,
+    tiles_of,
+    tiles_of_piece,
+)
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,10 +53,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOWEST = gl.constexpr(torch.finfo(torch.float32).min)  # not -inf: no key gives 0
 TINY = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = 1e-30  # lse / scale fits float32
 LN2 = gl.constexpr(math.log(2))
 LOG2E = gl.constexpr(1 / math.log(2))
 
@@ -72,37 +85,65 @@ def registers_for(consumers):
     return left // consumers // 8 * 8
 
 
-def attention(q, k, v, *, causal=False, scale=None, machine=None):
-    """softmax(scale · q kᵀ) v on a Hopper GPU.
+def attention(
+    q, k, v, *, causal=False, scale=None, deterministic=False, machine=None
+):  # fmt: skip
+    """softmax(scale · q kᵀ) v on a Hopper GPU; differentiable, see below.
 
     q: (B, H, Nq, D), D at most 128. k, v: (B, H_kv, Nk, D), H a multiple of H_kv.
     float16 or bfloat16, on the GPU. Any strides.
     causal: query i sees the keys up to i + Nk − Nq. A query that sees no key gives 0.
     scale: 1/√D if None. machine: None, as no kernel of this stage can be counted.
+    deterministic: o, lse, dk and dv are the same, to the bit, in every run. With True
+    dq is too, and the backward slower. Where PyTorch's deterministic algorithms are in
+    use (torch.use_deterministic_algorithms), it is True.
     Returns o: (B, H, Nq, D), of q's dtype.
     Raises TypeError or ValueError for inputs outside this contract, RuntimeError on
-    another card.
+    another card; ValueError where gradients are asked for and FLASH3_BACKWARD, in
+    flashedu/stages/__init__.py, is False.
     """
-    options = dict(causal=causal, scale=scale, machine=machine)
-    return attention_with_lse(q, k, v, **options)[0]
+    options = dict(causal=causal, scale=scale, deterministic=deterministic)
+    return attention_with_lse(q, k, v, **options, machine=machine)[0]
 
 
-def attention_with_lse(q, k, v, *, causal=False, scale=None, machine=None):
+def attention_with_lse(
+    q, k, v, *, causal=False, scale=None, deterministic=False, machine=None
+):  # fmt: skip
     """As `attention`; returns o and lse.
 
     lse: (B, H, Nq), float32, the natural log of Σ exp(scale · q kᵀ) over the keys that
-    a query sees, −inf if it sees none.
+    a query sees, −inf if it sees none. Gradients flow through it too.
     """
     options = dict(causal=causal, scale=scale, machine=machine)
     problem, scale = check("flash3", q, k, v, **options)
-    refuse_gradients("flash3", q, k, v)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be True or False, got {deterministic!r}")
+    if not stages.FLASH3_BACKWARD:
+        refuse_gradients("flash3", q, k, v)
     _check_card(q)
     triton_mode.check("flash3", q, machine)
-    if scale < TINY:  # the kernel wants a positive one
-        q, scale = (-q, -scale) if scale <= -TINY else (0 * q, 1.0)
+    q, scale = _scaled(q, scale)
+    deterministic |= torch.are_deterministic_algorithms_enabled()
     if torch.compiler.is_compiling():
-        return flash3_op(q, k, v, problem.causal, scale)
+        return flash3_op(q, k, v, problem.causal, scale, deterministic)
+    if gradients_wanted(q, k, v):
+        return _Attention.apply(q, k, v, problem, scale, deterministic)
     return forward(q, k, v, problem, scale)
+
+
+def _scaled(q, scale):
+    """q and a scale with the same product, and the scale as kernels want it.
+
+    Positive, so that the largest product is the largest score; and not so small that
+    the backward, which divides by it, leaves float32.
+    """
+    if scale < 0:
+        q, scale = -q, -scale
+    if scale < TINY:
+        return 0 * q, 1.0
+    if scale < SMALLEST_SCALE:
+        return 2.0**-30 * q, 2.0**30 * scale
+    return q, scale
 
 
 def _check_card(q):
@@ -126,9 +167,9 @@ def forward_kernel(
 ):  # fmt: skip
     """o and lse of all query tiles. Here the warps part."""
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
-    q_tiles = _places(Q, Q_TILES * CONSUMERS, ROWS, COLUMNS, 1)
-    k_tiles = _places(K, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
-    v_tiles = _places(V, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
+    q_tiles = places(Q, Q_TILES * CONSUMERS, ROWS, COLUMNS, 1)
+    k_tiles = places(K, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
+    v_tiles = places(V, STAGES, BLOCK_K, COLUMNS, CONSUMERS)
     shape: gl.constexpr = [CONSUMERS, 1, 1, ROWS, COLUMNS]
     o_tiles = gl.allocate_shared_memory(O.dtype, shape, O.layout)
 
@@ -148,44 +189,14 @@ def forward_kernel(
 
 
 @gluon.jit
-def _places(
-    X, COUNT: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr,
-    READERS: gl.constexpr,
-):  # fmt: skip
-    """Room for COUNT tiles of X, and two barriers for each.
-
-    One opens when the tile has come, the other when all READERS have done with it.
-    """
-    shape: gl.constexpr = [COUNT, 1, 1, BLOCK, COLUMNS]
-    places = gl.allocate_shared_memory(X.dtype, shape, X.layout)
-    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(COUNT):
-        mbarrier.init(full.index(x), count=1)
-        mbarrier.init(empty.index(x), count=READERS)
-    return places, full, empty
-
-
-@gluon.jit
-def _fill(X, b, h, row, tiles, t):
-    """Have tile t loaded, from X's `row` on, as soon as its place is empty."""
-    places, full, empty = tiles
-    COUNT: gl.constexpr = places.shape[0]
-    place, phase = t % COUNT, t // COUNT & 1
-    mbarrier.wait(empty.index(place), phase ^ 1)  # all places are empty at first
-    mbarrier.expect(full.index(place), X.block_type.nbytes)
-    load_tile(X, [b, h, row, 0], full.index(place), places.index(place))
-
-
-@gluon.jit
 def _full(tiles, t):
     """Tile t, when it has come, and the barrier to arrive at when it is used."""
-    places, full, empty = tiles
-    COUNT: gl.constexpr = places.shape[0]
-    shape: gl.constexpr = [places.shape[3], places.shape[4]]
+    room, full, empty = tiles
+    COUNT: gl.constexpr = room.shape[0]
+    shape: gl.constexpr = [room.shape[3], room.shape[4]]
     place, phase = t % COUNT, t // COUNT & 1
     mbarrier.wait(full.index(place), phase)
-    return places.index(place).reshape(shape), empty.index(place)
+    return room.index(place).reshape(shape), empty.index(place)
 
 
 @gluon.jit
@@ -197,18 +208,18 @@ def _produce(Q, K, V, on_chip, sizes, CAUSAL: gl.constexpr):
     H, group, Nq, Nk, pieces = sizes
     n, t = 0, 0  # query tiles and key tiles so far
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, CAUSAL)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, CAUSAL)
         b, h = head // H, head % H
         for tile in range(start, stop, step):
             i = tile * BLOCK_Q
             for C in gl.static_range(CONSUMERS):
-                _fill(Q, b, h, i + C * ROWS, q_tiles, n * CONSUMERS + C)
+                fill(Q, b, h, i + C * ROWS, q_tiles, n * CONSUMERS + C)
             n += 1
             _, seen = _tiles_seen(i, Nq, Nk, BLOCK_Q, CAUSAL)
             for x in range(seen):
                 j = (seen - 1 - x) * BLOCK_K  # the last first: they are masked
-                _fill(K, b, h // group, j, k_tiles, t)
-                _fill(V, b, h // group, j, v_tiles, t)
+                fill(K, b, h // group, j, k_tiles, t)
+                fill(V, b, h // group, j, v_tiles, t)
                 t += 1
 
 
@@ -228,7 +239,7 @@ def _consume(
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
     n, t = 0, 0  # query tiles and key tiles so far, as the producer counts
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, CAUSAL)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, CAUSAL)
         for tile in range(start, stop, step):
             _, seen = _tiles_seen(tile * BLOCK_Q, Nq, Nk, BLOCK_Q, CAUSAL)
             i = tile * BLOCK_Q + C * ROWS
@@ -320,21 +331,6 @@ def _masked(s_ij, rows, j, Nq, Nk, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _piece(piece, Nq, BLOCK_Q: gl.constexpr, CAUSAL: gl.constexpr):
-    """The head, counted through all batches, and a range of its query tiles.
-
-    Causal, tile x and tile x from the end are one piece: all see about as many keys.
-    """
-    tiles = gl.cdiv(Nq, BLOCK_Q)
-    each = gl.cdiv(tiles, 2) if CAUSAL else tiles
-    head, x = piece // each, piece % each
-    start, stop, step = x, x + 1, 1
-    if CAUSAL:
-        stop, step = tiles - x, gl.maximum(1, tiles - 1 - 2 * x)
-    return head, start, stop, step
-
-
-@gluon.jit
 def _tiles_seen(i, Nq, Nk, COUNT: gl.constexpr, CAUSAL: gl.constexpr):
     """Key tiles that all of COUNT queries from i on see whole; that any of them sees.
 
@@ -363,8 +359,7 @@ def forward(q, k, v, problem, scale):
     K, V = tiles_of(k, BLOCK_K.value), tiles_of(v, BLOCK_K.value)
     consumers = consumers_for(columns(D), problem.causal, Nk)
     block_q = consumers * ROWS.value
-    tiles = triton.cdiv(Nq, block_q)
-    pieces = B * H * (triton.cdiv(tiles, 2) if problem.causal else tiles)
+    pieces = pieces_of(Nq, block_q, B * H, problem.causal)
     forward_kernel[(min(pieces, triton_mode.sm_count(q.device)),)](
         Q, K, V, O, lse, scale, H, H // H_kv, Nq, Nk, pieces,
         COLUMNS=columns(D), CAUSAL=problem.causal,
@@ -373,41 +368,87 @@ def forward(q, k, v, problem, scale):
     return without_padding(o, q.dtype), lse
 
 
-def tiles_of(x, rows):
-    """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` rows, 0 beyond D."""
-    x = addressable(x)
-    block = [1, 1, rows, columns(x.shape[3])]
-    layout = _layout(x.dtype, *block)
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], block, layout)
+# for PyTorch
 
 
-def columns(D):
-    """Columns of a tile in shared memory: the swizzles are for 64 and 128."""
-    return 64 if D <= 64 else 128
+class _Attention(torch.autograd.Function):
+    """Hands `forward` and `backward` to PyTorch. Saved for the backward: O(N)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, problem, scale, deterministic):
+        o, lse = forward(q, k, v, problem, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = problem, scale, deterministic
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        if torch.is_grad_enabled():  # a result without a graph would drop terms
+            raise RuntimeError(
+                "create_graph must be False for stage 'flash3': it has first derivatives only"
+            )
+        q, k, v, o, lse = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        problem, scale, deterministic = ctx.rest
+        gradients = backward(
+            q, k, v, o, lse, do, problem, scale, deterministic, dlse
+        )  # fmt: skip
+        return *gradients, None, None, None
 
 
-@functools.cache  # finding it takes longer than the launch
-def _layout(dtype, *block):
-    """How a tile lies in shared memory: swizzled, as TMA writes and wgmma reads it."""
-    dtype = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([*block], dtype)
-
-
-# for torch.compile, which takes it whole
+# The same as operators, which torch.compile takes whole, without looking inside.
 
 
 @torch.library.custom_op("flashedu::flash3", mutates_args=())
 def flash3_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward`, as an operator."""
-    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
-    dtype = dtype_name(q)
-    p = Problem(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D, dtype=dtype, causal=causal)
-    return forward(q, k, v, p, scale)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    causal: bool, scale: float, deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`forward`, as an operator. `deterministic` is for its backward."""
+    return forward(q, k, v, _problem(q, k, causal), scale)
 
 
 @flash3_op.register_fake
-def _(q, k, v, causal, scale):
+def _(q, k, v, causal, scale, deterministic):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return without_padding(empty_like(q), q.dtype), lse
+
+
+@torch.library.custom_op("flashedu::flash3_backward", mutates_args=())
+def flash3_backward_op(
+    do: torch.Tensor, dlse: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, lse: torch.Tensor,
+    causal: bool, scale: float, deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`backward`, as an operator."""
+    problem = _problem(q, k, causal)
+    return backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse)
+
+
+@flash3_backward_op.register_fake
+def _(do, dlse, q, k, v, *rest):
+    return tuple(without_padding(empty_like(x), x.dtype) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    o = ctx.saved_tensors[3]
+    do = torch.zeros_like(o) if do is None else do
+    gradients = flash3_backward_op(do, dlse, *ctx.saved_tensors, *ctx.rest)
+    return *gradients, None, None, None
+
+
+flash3_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _problem(q, k, causal):
+    (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
+    sizes = dict(B=B, H=H, H_kv=H_kv, Nq=Nq, Nk=Nk, D=D)
+    return Problem(**sizes, dtype=dtype_name(q), causal=causal)

@@ -17,13 +17,13 @@ ds k and dsᵀ q of this one.
 The additions to dq_i come in any order, so its last bits vary from run to run. deterministic=True
 leaves them out and computes dq in a kernel of its own: seven products again.
 
-It compiles for Hopper, and has not run on a card yet. So no stage calls it.
+It compiles for Hopper, and has not run on a card yet. So flash3 calls it only where FLASH3_BACKWARD
+(flashedu/stages/__init__.py) says so.
 
 Source: FlashAttention-3 (arXiv 2407.08608), Appendix B.1 and its code; FlashAttention-2 (arXiv
 2307.08691), Algorithm 2.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -31,8 +31,18 @@ import torch
 
 from flashedu.memory import hbm
 from flashedu.stages import descriptors, triton_mode
-from flashedu.stages.descriptors import addressable, empty_like, without_padding
+from flashedu.stages.descriptors import empty_like, without_padding
 from flashedu.stages.gluon_names import load_tile, store_tile, version
+from flashedu.stages.hopper import (
+    barriers,
+    columns,
+    descriptor,
+    fill,
+    pieces_of,
+    places,
+    tiles_of,
+    tiles_of_piece,
+)
 
 import triton
 import triton.language as tl
@@ -46,7 +56,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1 / math.log(2))
 ROWS = 64  # of a tile, in the kernels before and after
@@ -66,11 +75,6 @@ class Tile(NamedTuple):
 
 TILES = {64: Tile(128), 128: Tile(64)}  # by columns: D, rounded up
 DQ_TILE = Tile(128, 64)  # of the kernel for dq alone, which keeps 128 queries
-
-
-def columns(D):
-    """Columns of a tile in shared memory: the swizzles are for 64 and 128."""
-    return 64 if D <= 64 else 128
 
 
 if version >= (3, 8):
@@ -130,8 +134,8 @@ def gradients_kernel(
 ):  # fmt: skip
     """dk and dv of key tiles, and what they add to dq. The warps part here."""
     dtype: gl.constexpr = Q.dtype
-    k_j = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_K, COLUMNS], K.layout)
-    v_j = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_K, COLUMNS], V.layout)
+    k_tile = places(K, 1, BLOCK_K, COLUMNS, 1)
+    v_tile = places(V, 1, BLOCK_K, COLUMNS, 1)
     q_i = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, COLUMNS], Q.layout)
     do_i = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, COLUMNS], DO.layout)
     s_start = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], S_START.layout)
@@ -140,10 +144,8 @@ def gradients_kernel(
     ds_ji = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], DS)
     OUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_Q, COLUMNS], gl.float32)
     out = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_Q, COLUMNS], OUT)
-    k_tile = (k_j, _barriers(1), _barriers(1))  # each with what says that it is full, and empty
-    v_tile = (v_j, _barriers(1), _barriers(1))
-    i_empty = _barriers(STAGES)
-    i_tiles = (q_i, do_i, s_start, dp_start, _barriers(STAGES), _barriers(STAGES), i_empty)
+    q_full, do_full, i_empty = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    i_tiles = (q_i, do_i, s_start, dp_start, q_full, do_full, i_empty)
     sizes = (H_kv, Nq, Nk, heads)
     group: gl.constexpr = GROUP
     causal: gl.constexpr = CAUSAL
@@ -163,15 +165,6 @@ def gradients_kernel(
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    """COUNT barriers, of which each opens when one has arrived."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(x), count=1)
-    return barriers
-
-
-@gluon.jit
 def _produce(
     Q, K, V, DO, S_START, DP_START, k_tile, v_tile, i_tiles, sizes,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr, TURN: gl.constexpr,
@@ -184,7 +177,7 @@ def _produce(
     t = 0
     pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head_kv, start, stop, step = _piece(piece, Nk, BLOCK_K, PAIRS)
+        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, PAIRS)
         b, h_kv = head_kv // H_kv, head_kv % H_kv
         for tile in range(start, stop, step):
             j = tile * BLOCK_K
@@ -194,24 +187,14 @@ def _produce(
             g = 0
             for x in range(GROUP * tiles):
                 if x == 0:
-                    _fill(K, b, h_kv, j, k_tile, n)
+                    fill(K, b, h_kv, j, k_tile, n)
                 h, head = h_kv * GROUP + g, head_kv * GROUP + g
                 _fill_i(Q, DO, S_START, DP_START, b, h, head, i, i_tiles, t)
                 if x == 0:
-                    _fill(V, b, h_kv, j, v_tile, n)
+                    fill(V, b, h_kv, j, v_tile, n)
                 g, i = _next(g, i, Nq, GROUP, BLOCK_Q)
                 t += 1
             n += 1
-
-
-@gluon.jit
-def _fill(X, b, h, j, tiles, t):
-    places, full, empty = tiles
-    STAGES: gl.constexpr = places.shape[0]
-    place, phase = t % STAGES, t // STAGES & 1
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    mbarrier.expect(full.index(place), X.block_type.nbytes)
-    load_tile(X, [b, h, j, 0], full.index(place), places.index(place))
 
 
 @gluon.jit
@@ -255,7 +238,7 @@ def _consume(
     t = 0
     pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head_kv, start, stop, step = _piece(piece, Nk, BLOCK_K, PAIRS)
+        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, PAIRS)
         for tile in range(start, stop, step):
             j = tile * BLOCK_K
             i, tiles, masked = _queries(j, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
@@ -380,23 +363,6 @@ def _pieces(N, heads, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def _piece(piece, N, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
-    """The head, heads counted through all batches, and the range of tiles of a piece.
-
-    A pair is tile x and tile x from the end: causal, all pairs of a head take as long.
-    """
-    tiles = gl.cdiv(N, BLOCK)
-    if PAIRS:
-        half = gl.cdiv(tiles, 2)
-        head, x = piece // half, piece % half
-        start, stop, step = x, tiles - x, gl.maximum(1, tiles - 1 - 2 * x)
-    else:
-        head, x = piece // tiles, piece % tiles
-        start, stop, step = x, x + 1, 1
-    return head, start, stop, step
-
-
-@gluon.jit
 def _queries(
     j, Nq, Nk, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr
 ):  # fmt: skip
@@ -429,15 +395,11 @@ def dq_kernel(
 ):  # fmt: skip
     """dq of query tiles, each with the keys that it sees, as the forward."""
     dtype: gl.constexpr = Q.dtype
-    q_i = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_Q, COLUMNS], Q.layout)
-    do_i = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_Q, COLUMNS], DO.layout)
-    k_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], K.layout)
-    v_j = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, COLUMNS], V.layout)
+    q_tile = places(Q, 1, BLOCK_Q, COLUMNS, 1)
+    do_tile = places(DO, 1, BLOCK_Q, COLUMNS, 1)
+    k_tiles = places(K, STAGES, BLOCK_K, COLUMNS, 1)
+    v_tiles = places(V, STAGES, BLOCK_K, COLUMNS, 1)
     out = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_Q, COLUMNS], DQ.layout)
-    q_tile = (q_i, _barriers(1), _barriers(1))
-    do_tile = (do_i, _barriers(1), _barriers(1))
-    k_tiles = (k_j, _barriers(STAGES), _barriers(STAGES))
-    v_tiles = (v_j, _barriers(STAGES), _barriers(STAGES))
     sizes = (H, group, Nq, Nk, heads)
     causal: gl.constexpr = CAUSAL
     pairs: gl.constexpr = PAIRS
@@ -464,17 +426,17 @@ def _produce_keys(
     t = 0
     pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, PAIRS)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, PAIRS)
         b, h = head // H, head % H
         for tile in range(start, stop, step):
             i = tile * BLOCK_Q
             tiles, _ = _keys(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
-            _fill(Q, b, h, i, q_tile, n)
-            _fill(DO, b, h, i, do_tile, n)
+            fill(Q, b, h, i, q_tile, n)
+            fill(DO, b, h, i, do_tile, n)
             for x in range(tiles):
                 j = (tiles - 1 - x) * BLOCK_K
-                _fill(K, b, h // group, j, k_tiles, t)
-                _fill(V, b, h // group, j, v_tiles, t)
+                fill(K, b, h // group, j, k_tiles, t)
+                fill(V, b, h // group, j, v_tiles, t)
                 t += 1
             n += 1
 
@@ -503,7 +465,7 @@ def _consume_keys(
     t = 0
     pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = _piece(piece, Nq, BLOCK_Q, PAIRS)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, PAIRS)
         for tile in range(start, stop, step):
             i = tile * BLOCK_Q
             tiles, masked = _keys(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
@@ -639,10 +601,10 @@ def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
 
     Q, DO = tiles_of(q, tile.block_q), tiles_of(do, tile.block_q)
     K, V, DK, DV = (tiles_of(x, tile.block_k) for x in (k, v, dk, dv))
-    S_START, DP_START = (_descriptor(x, 1, tile.block_q) for x in (s_start, dp_start))
+    S_START, DP_START = (descriptor(x, 1, tile.block_q) for x in (s_start, dp_start))
     DQ = DK  # not used
     if not deterministic:
-        DQ = _descriptor(dq_sum.flatten(0, 1), 1, tile.block_q, columns(D))
+        DQ = descriptor(dq_sum.flatten(0, 1), 1, tile.block_q, columns(D))
     pairs = tile.pairs and causal
     gradients_kernel[(_programs(q, Nk, tile.block_k, B * H_kv, tile, pairs),)](
         Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, B * H_kv,
@@ -668,24 +630,5 @@ def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
 
 def _programs(q, N, block, heads, tile, pairs):
     """One for each piece of work or, if they are persistent, at most one for each SM."""
-    tiles = triton.cdiv(N, block)
-    pieces = heads * (triton.cdiv(tiles, 2) if pairs else tiles)
+    pieces = pieces_of(N, block, heads, pairs)
     return min(pieces, triton_mode.sm_count(q.device)) if tile.persistent else pieces
-
-
-def tiles_of(x, rows):
-    """x, (B, heads, N, D), as the TMA takes it: in tiles of `rows` rows, with zeros beyond D."""
-    x = addressable(x)
-    return _descriptor(x, 1, 1, rows, columns(x.shape[3]))
-
-
-def _descriptor(x, *block):
-    layout = _layout(x.dtype, *block)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
-
-
-@functools.cache  # finding it takes longer than the launch
-def _layout(dtype, *block):
-    """How a tile lies in shared memory: swizzled, as the TMA writes it and wgmma reads it."""
-    types = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
-    return gl.NVMMASharedLayout.get_default_for(list(block), types[dtype])
