@@ -19,16 +19,16 @@ Changes = Iterable[tuple[str, str]]  # old words → new words
 def sources(name: str, changes: Changes, beneath: Sequence[str] = ()) -> dict[str, str]:
     """The source of the module of that name, and of those beneath it, by name, all changed.
 
-    Each change must find its words once in all of them. Raises ValueError for words that stand
-    there more or less often.
+    A change is made in the lowest of them that has its words, which must stand there once. Raises
+    ValueError for words that stand there more often, or nowhere.
     """
     found = {module: _source(module) for module in (name, *beneath)}
     for old, new in changes:
-        times = sum(source.count(old) for source in found.values())
+        module = next((m for m in reversed(found) if old in found[m]), name)
+        times = found[module].count(old)
         if times != 1:
-            modules = " and ".join(found)
-            raise ValueError(f"old words must stand once in {modules}, got {times} times {old!r}")
-        found = {module: source.replace(old, new) for module, source in found.items()}
+            raise ValueError(f"old words must stand once in {module}, got {times} times {old!r}")
+        found[module] = found[module].replace(old, new)
     return found
 
 
