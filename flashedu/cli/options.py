@@ -33,26 +33,25 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def whole(value: str) -> int:
-    """Parses 1, 2, 3 …"""
+def integer(value: str, least: int, most: int = LARGEST) -> int:
+    """Parses an integer within bounds."""
     try:
         number = int(value)
     except ValueError:
-        number = 0
-    if not 1 <= number <= LARGEST:
-        raise typer.BadParameter(f"must be an integer from 1 to {LARGEST}, got {shown(value)}")
+        number = least - 1
+    if not least <= number <= most:
+        raise typer.BadParameter(f"must be an integer from {least} to {most}, got {shown(value)}")
     return number
+
+
+def whole(value: str) -> int:
+    """Parses 1, 2, 3 …"""
+    return integer(value, 1)
 
 
 def natural(value: str) -> int:
     """Parses 0, 1, 2 …"""
-    try:
-        number = int(value)
-    except ValueError:
-        number = -1
-    if not 0 <= number <= LARGEST:
-        raise typer.BadParameter(f"must be an integer from 0 to {LARGEST}, got {shown(value)}")
-    return number
+    return integer(value, 0)
 
 
 def rate(value: str) -> float:
@@ -70,13 +69,7 @@ def head_size(value: str) -> int:
     """Parses a D that the stages take."""
     from flashedu.stages.contract import MAX_D
 
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= MAX_D:
-        raise typer.BadParameter(f"must be an integer from 1 to {MAX_D}, got {shown(value)}")
-    return number
+    return integer(value, 1, MAX_D)
 
 
 def one_of(known: str) -> Callable[[str], str]:

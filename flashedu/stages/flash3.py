@@ -74,7 +74,8 @@ def consumers_for(columns, causal, N):
 
     At D 128 acc_i and s_ij take 64 registers each of a consumer's thread, p_ij 32:
     there are enough for two. At D 64 three are 5 to 13% faster than two at N 4096 and
-    16384 (H100). Causal at N 1024 two are, by 35%: 192 queries are too coarse a tile.
+    16384; causal at N 1024 two are, by 35%: 192 queries are too coarse a tile (H100,
+    torch 2.11, triton 3.6, 2026-11-25; the kernel has been made simpler since).
     """
     return 2 if columns == 128 or (causal and N <= 2048) else 3
 
