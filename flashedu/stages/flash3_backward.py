@@ -10,9 +10,11 @@ HBM by the unit that copies tiles (the TMA), which it need not wait for. Five pr
 A product adds to what its accumulator holds: sᵀ begins at −lse / scale and dpᵀ at −delta, and what
 the equations subtract is already off.
 
-As in the forward, one warp only loads. Eight compute, a tile of 64 keys for each four, and have
-products under way while they take exponentials: those of the query tile that comes next, beside
-ds k and dsᵀ q of this one.
+As in the forward, one warp only loads. Eight compute, 64 keys for each four, and always have
+products under way. While those of this query tile run, they do the arithmetic of the next:
+
+    products      | pᵀ do | ds k | next sᵀ       | next dpᵀ | dsᵀ q  |
+    arithmetic    |              | send ds k off | exp      | dsᵀ    |    one turn of the loop
 
 The additions to dq_i come in any order, so its last bits vary from run to run. deterministic=True
 leaves them out and computes dq in a kernel of its own: seven products again.
@@ -65,16 +67,14 @@ class Tile(NamedTuple):
     """How the backward is cut."""
 
     block_q: int  # queries that pass by at a time
-    block_k: int = 128  # keys that a program keeps: 64 for each four warps
-    stages: int = 2  # tiles of q, and of do, on chip
-    persistent: bool = True  # one program an SM, that takes one key tile after another
-    pairs: bool = True  # causal: a long tile and a short one are one piece of work
-    dq_first: bool = False  # ds k is started, and awaited, before the next sᵀ
-    turn: bool = False  # not causal: each key tile begins at other queries
+    block_k: int  # keys that a program keeps
+    stages: int  # tiles of q, and of do, on chip
 
 
-TILES = {64: Tile(128), 128: Tile(64)}  # by columns: D, rounded up
-DQ_TILE = Tile(128, 64)  # of the kernel for dq alone, which keeps 128 queries
+# By columns: D, rounded up. 128 keys: 64 for each four warps. What fits with two tiles of dsᵀ
+# fills the 227 KiB on chip.
+TILES = {64: Tile(128, 128, 2), 128: Tile(64, 128, 3)}
+DQ_TILE = Tile(128, 64, 2)  # of the kernel for dq alone, which keeps 128 queries
 
 
 if version >= (3, 8):
@@ -125,12 +125,11 @@ def start_kernel(
 # dk, dv and dq
 
 
-@gluon.jit(do_not_specialize=["H_kv", "Nq", "Nk", "heads"])
+@gluon.jit(do_not_specialize=["H_kv", "Nq", "Nk", "pieces"])
 def gradients_kernel(
-    Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, heads,
+    Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, pieces,
     GROUP: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, DQ_FIRST: gl.constexpr,
-    TURN: gl.constexpr, SUM: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of key tiles, and what they add to dq. The warps part here."""
     dtype: gl.constexpr = Q.dtype
@@ -141,24 +140,21 @@ def gradients_kernel(
     s_start = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], S_START.layout)
     dp_start = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], DP_START.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_Q], dtype)
-    ds_ji = gl.allocate_shared_memory(dtype, [1, BLOCK_K, BLOCK_Q], DS)
+    ds_ji = gl.allocate_shared_memory(dtype, [2, BLOCK_K, BLOCK_Q], DS)
     OUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_Q, COLUMNS], gl.float32)
-    out = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_Q, COLUMNS], OUT)
+    out = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_Q, COLUMNS], OUT)
     q_full, do_full, i_empty = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     i_tiles = (q_i, do_i, s_start, dp_start, q_full, do_full, i_empty)
-    sizes = (H_kv, Nq, Nk, heads)
-    group: gl.constexpr = GROUP
+    sizes = (H_kv, Nq, Nk, pieces)
+    group: gl.constexpr = GROUP  # Gluon passes on only what it has named itself
     causal: gl.constexpr = CAUSAL
-    pairs: gl.constexpr = PAIRS
-    dq_first: gl.constexpr = DQ_FIRST
-    turn: gl.constexpr = TURN
     sum: gl.constexpr = SUM
     gl.warp_specialize(
         [
             (_consume, (k_tile, v_tile, i_tiles, ds_ji, out, DQ, DK, DV, scale, sizes,
-                        group, causal, pairs, dq_first, turn, sum)),
+                        group, causal, sum)),
             (_produce, (Q, K, V, DO, S_START, DP_START, k_tile, v_tile, i_tiles, sizes,
-                        group, causal, pairs, turn)),
+                        group, causal)),
         ],
         [1], [24],
     )  # fmt: skip
@@ -167,23 +163,19 @@ def gradients_kernel(
 @gluon.jit
 def _produce(
     Q, K, V, DO, S_START, DP_START, k_tile, v_tile, i_tiles, sizes,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr, TURN: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Have every tile loaded as soon as there is a place for it."""
     BLOCK_Q: gl.constexpr = i_tiles[0].shape[3]
     BLOCK_K: gl.constexpr = k_tile[0].shape[3]
-    H_kv, Nq, Nk, heads = sizes
-    n = 0
-    t = 0
-    pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
+    H_kv, Nq, Nk, pieces = sizes
+    n, t = 0, 0  # key tiles and query tiles so far
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, PAIRS)
+        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, CAUSAL)
         b, h_kv = head_kv // H_kv, head_kv % H_kv
         for tile in range(start, stop, step):
             j = tile * BLOCK_K
             i, tiles, _ = _queries(j, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
-            if TURN:
-                i = tile % tiles * BLOCK_Q
             g = 0
             for x in range(GROUP * tiles):
                 if x == 0:
@@ -215,8 +207,7 @@ def _fill_i(Q, DO, S_START, DP_START, b, h, head, i, i_tiles, t):
 @gluon.jit
 def _consume(
     k_tile, v_tile, i_tiles, ds_ji, out, DQ, DK, DV, scale, sizes,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, PAIRS: gl.constexpr, DQ_FIRST: gl.constexpr,
-    TURN: gl.constexpr, SUM: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, SUM: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of every key tile, and what it adds to dq."""
     q_places, do_places, s_start, dp_start, q_full, do_full, i_empty = i_tiles
@@ -230,20 +221,16 @@ def _consume(
     DQ_ACC: gl.constexpr = gl.NVMMADistributedLayout(  # 64 queries: half the columns for each four
         [3, 0], [BLOCK_Q // 16, 128 // BLOCK_Q], [16, COLUMNS * BLOCK_Q // 128, 16]
     )
-    H_kv, Nq, Nk, heads = sizes
+    H_kv, Nq, Nk, pieces = sizes
     scale_log2 = scale * LOG2E
     s_zero = gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, S)
     dq_zero = gl.zeros([BLOCK_Q, COLUMNS], gl.float32, DQ_ACC)
-    n = 0
-    t = 0
-    pieces = _pieces(Nk, heads, BLOCK_K, PAIRS)
+    n, t = 0, 0  # key tiles and query tiles so far
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, PAIRS)
+        head_kv, start, stop, step = tiles_of_piece(piece, Nk, BLOCK_K, CAUSAL)
         for tile in range(start, stop, step):
             j = tile * BLOCK_K
             i, tiles, masked = _queries(j, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
-            if TURN:
-                i = tile % tiles * BLOCK_Q
             g = 0
             end = t + GROUP * tiles
             first_whole = gl.minimum(gl.maximum(t, t + GROUP * masked - 1), end - 1)
@@ -251,14 +238,17 @@ def _consume(
             dv_j = gl.zeros([BLOCK_K, COLUMNS], gl.float32, ACC)
 
             mbarrier.wait(k_tile[1].index(0), n & 1)
-            mbarrier.wait(q_full.index(t % STAGES), t // STAGES & 1)
             k_j = k_tile[0].index(0).reshape([BLOCK_K, COLUMNS])
-            q_i = q_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
-            s_ji = gl.broadcast(s_start.index(t % STAGES).load(S), s_zero)[0]
-            s_ji = warpgroup_mma(k_j, q_i.permute((1, 0)), s_ji)
+            s_ji = _scores(k_j, q_places, s_start, q_full, t, s_zero)
+            s_ji = warpgroup_mma_wait(0, deps=[s_ji])
             p_ji = gl.exp2(scale_log2 * _masked(s_ji, i, j, Nq, Nk, CAUSAL))
             mbarrier.wait(v_tile[1].index(0), n & 1)
-            mbarrier.wait(do_full.index(t % STAGES), t // STAGES & 1)
+            v_j = v_tile[0].index(0).reshape([BLOCK_K, COLUMNS])
+            dp_ji = _scores(v_j, do_places, dp_start, do_full, t, s_zero)
+            dp_ji = warpgroup_mma_wait(0, deps=[dp_ji])
+            tma.store_wait(0)  # of dk, from the places of ds
+            ds_ji.index(t & 1).store((p_ji * dp_ji).to(dtype))
+            p_16 = gl.convert_layout(p_ji.to(dtype), gl.DotOperandLayout(0, ACC, 2))
 
             for PART in gl.static_range(3):  # the next tile is masked, is not, there is none
                 begin_part = t if PART == 0 else (first_whole if PART == 1 else end - 1)
@@ -269,45 +259,33 @@ def _consume(
                     v_j = v_tile[0].index(here).reshape([BLOCK_K, COLUMNS])
                     q_i = q_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
                     do_i = do_places.index(t % STAGES).reshape([BLOCK_Q, COLUMNS])
-                    ds_place = ds_ji.index(here)
+                    ds_place = ds_ji.index(t & 1)
 
-                    dp_ji = gl.broadcast(dp_start.index(t % STAGES).load(S), s_zero)[0]
-                    dp_ji = warpgroup_mma(v_j, do_i.permute((1, 0)), dp_ji, is_async=True)
-                    p_16 = gl.convert_layout(p_ji.to(dtype), gl.DotOperandLayout(0, ACC, 2))
                     dv_j = warpgroup_mma(p_16, do_i, dv_j, is_async=True)
-                    dp_ji = warpgroup_mma_wait(1, deps=[dp_ji])
-                    ds_place.store((p_ji * dp_ji).to(dtype))
                     fence_async_shared()
-                    dv_j, p_16 = warpgroup_mma_wait(0, deps=[dv_j, p_16])
-
-                    if SUM and DQ_FIRST:
+                    if SUM:
                         dq_i = warpgroup_mma(
                             ds_place.permute((1, 0)), k_j, dq_zero, use_acc=False, is_async=True
                         )
                     if PART < 2:
-                        u = t + 1
-                        mbarrier.wait(q_full.index(u % STAGES), u // STAGES & 1)
-                        q_next = q_places.index(u % STAGES).reshape([BLOCK_Q, COLUMNS])
-                        s_ji = gl.broadcast(s_start.index(u % STAGES).load(S), s_zero)[0]
-                        s_ji = warpgroup_mma(k_j, q_next.permute((1, 0)), s_ji, is_async=True)
-                    if SUM and not DQ_FIRST:
-                        dq_i = warpgroup_mma(
-                            ds_place.permute((1, 0)), k_j, dq_zero, use_acc=False, is_async=True
-                        )
+                        s_ji = _scores(k_j, q_places, s_start, q_full, t + 1, s_zero)
+                    # waited for: all but the last so many that were started
+                    dv_j, p_16 = warpgroup_mma_wait((PART < 2) + SUM, deps=[dv_j, p_16])
+                    if SUM:
+                        dq_i = warpgroup_mma_wait(PART < 2, deps=[dq_i])
+                        _add(dq_i, DQ, [head_kv * GROUP + g, i, 0], out.index(here))
+                    if PART < 2:
+                        dp_ji = _scores(v_j, do_places, dp_start, do_full, t + 1, s_zero)
                     dk_j = warpgroup_mma(ds_place, q_i, dk_j, is_async=True)
-                    if SUM and DQ_FIRST:
-                        dq_i = warpgroup_mma_wait(2 if PART < 2 else 1, deps=[dq_i])
-                        _add(dq_i, DQ, [head_kv * GROUP + g, i, 0], out.index(t & 1))
                     if PART < 2:
-                        s_ji = warpgroup_mma_wait(2 if SUM and not DQ_FIRST else 1, deps=[s_ji])
+                        s_ji = warpgroup_mma_wait(2, deps=[s_ji])
                         if PART == 0:
                             i_next = _next(g, i, Nq, GROUP, BLOCK_Q)[1]
                             s_ji = _masked(s_ji, i_next, j, Nq, Nk, CAUSAL)
                         p_ji = gl.exp2(scale_log2 * s_ji)
-                        mbarrier.wait(do_full.index(u % STAGES), u // STAGES & 1)
-                    if SUM and not DQ_FIRST:
-                        dq_i = warpgroup_mma_wait(1, deps=[dq_i])
-                        _add(dq_i, DQ, [head_kv * GROUP + g, i, 0], out.index(t & 1))
+                        dp_ji = warpgroup_mma_wait(1, deps=[dp_ji])
+                        ds_ji.index((t & 1) ^ 1).store((p_ji * dp_ji).to(dtype))
+                        p_16 = gl.convert_layout(p_ji.to(dtype), gl.DotOperandLayout(0, ACC, 2))
                     dk_j = warpgroup_mma_wait(0, deps=[dk_j])
                     mbarrier.arrive(i_empty.index(t % STAGES), count=1)
                     g, i = _next(g, i, Nq, GROUP, BLOCK_Q)
@@ -316,10 +294,23 @@ def _consume(
             mbarrier.arrive(k_tile[2].index(0), count=1)
             mbarrier.arrive(v_tile[2].index(0), count=1)
             b, h_kv = head_kv // H_kv, head_kv % H_kv
-            _store(dv_j, DV, [b, h_kv, j, 0], out.index(t & 1))
-            _store(scale * dk_j, DK, [b, h_kv, j, 0], out.index((t & 1) ^ 1))
+            tma.store_wait(0)  # of dq
+            _store(dv_j, DV, [b, h_kv, j, 0], out)
+            _store(scale * dk_j, DK, [b, h_kv, j, 0], ds_ji)
             n += 1
     tma.store_wait(0)
+
+
+@gluon.jit
+def _scores(x_j, places, starts, full, t, zero):
+    """Start x_j · y_tᵀ, of a tile that has come, on top of where it begins."""
+    S: gl.constexpr = zero.type.layout
+    STAGES: gl.constexpr = places.shape[0]
+    place = t % STAGES
+    mbarrier.wait(full.index(place), t // STAGES & 1)
+    y_i = places.index(place).reshape([places.shape[3], places.shape[4]])
+    start = gl.broadcast(starts.index(place).load(S), zero)[0]
+    return warpgroup_mma(x_j, y_i.permute((1, 0)), start, is_async=True)
 
 
 @gluon.jit
@@ -336,30 +327,24 @@ def _masked(s_ji, i, j, Nq, Nk, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _add(x, X, at, place):
-    """Have x added to a tile of X, as soon as the place is free: two tiles ago it was used."""
-    tma.store_wait(1)
+    """Have x added to a tile of X, as soon as the TMA has read what was there before."""
+    tma.store_wait(0)
     place.reshape(x.shape).store(x)
     fence_async_shared()
     add_tile(X, at, place)
 
 
 @gluon.jit
-def _store(x, X, at, place):
-    """Have x stored as a tile of X, from a place that held float32."""
-    HALVES: gl.constexpr = 2 * place.shape[1] // x.shape[0]  # tiles of 16 bits that fit there
-    tma.store_wait(1)
-    shape: gl.constexpr = [HALVES, 1, 1, x.shape[0], x.shape[1]]
-    place = reinterpreted(place, X.dtype, shape, X.layout).index(0)
+def _store(x, X, at, room):
+    """Have x stored as a tile of X, from room that held tiles of another kind."""
+    VALUES: gl.constexpr = room.shape[0] * room.shape[-2] * room.shape[-1]
+    WIDER: gl.constexpr = room.dtype.primitive_bitwidth // X.dtype.primitive_bitwidth
+    COUNT: gl.constexpr = VALUES * WIDER // (x.shape[0] * x.shape[1])  # tiles of X that fit
+    shape: gl.constexpr = [COUNT, 1, 1, x.shape[0], x.shape[1]]
+    place = reinterpreted(room, X.dtype, shape, X.layout).index(0)
     place.reshape(x.shape).store(x.to(X.dtype))
     fence_async_shared()
     store_tile(X, at, place)
-
-
-@gluon.jit
-def _pieces(N, heads, BLOCK: gl.constexpr, PAIRS: gl.constexpr):
-    """How many pieces of work there are."""
-    tiles = gl.cdiv(N, BLOCK)
-    return heads * gl.cdiv(tiles, 2) if PAIRS else heads * tiles
 
 
 @gluon.jit
@@ -387,11 +372,11 @@ def _next(g, i, Nq, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr):
 # dq alone
 
 
-@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "heads", "padded"])
+@gluon.jit(do_not_specialize=["H", "group", "Nq", "Nk", "pieces", "padded"])
 def dq_kernel(
-    Q, K, V, DO, S_START, DP_START, DQ, scale, H, group, Nq, Nk, heads, padded,
+    Q, K, V, DO, S_START, DP_START, DQ, scale, H, group, Nq, Nk, pieces, padded,
     COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PAIRS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq of query tiles, each with the keys that it sees, as the forward."""
     dtype: gl.constexpr = Q.dtype
@@ -400,15 +385,13 @@ def dq_kernel(
     k_tiles = places(K, STAGES, BLOCK_K, COLUMNS, 1)
     v_tiles = places(V, STAGES, BLOCK_K, COLUMNS, 1)
     out = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_Q, COLUMNS], DQ.layout)
-    sizes = (H, group, Nq, Nk, heads)
+    sizes = (H, group, Nq, Nk, pieces)
     causal: gl.constexpr = CAUSAL
-    pairs: gl.constexpr = PAIRS
     gl.warp_specialize(
         [
             (_consume_keys, (q_tile, do_tile, k_tiles, v_tiles, out, S_START, DP_START, DQ, scale,
-                             padded, sizes, causal, pairs)),
-            (_produce_keys, (Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes,
-                             causal, pairs)),
+                             padded, sizes, causal)),
+            (_produce_keys, (Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes, causal)),
         ],
         [1], [24],
     )  # fmt: skip
@@ -416,17 +399,15 @@ def dq_kernel(
 
 @gluon.jit
 def _produce_keys(
-    Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes,
-    CAUSAL: gl.constexpr, PAIRS: gl.constexpr,
+    Q, K, V, DO, q_tile, do_tile, k_tiles, v_tiles, sizes, CAUSAL: gl.constexpr
 ):  # fmt: skip
+    """Have every tile loaded as soon as there is a place for it."""
     BLOCK_Q: gl.constexpr = q_tile[0].shape[3]
     BLOCK_K: gl.constexpr = k_tiles[0].shape[3]
-    H, group, Nq, Nk, heads = sizes
-    n = 0
-    t = 0
-    pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
+    H, group, Nq, Nk, pieces = sizes
+    n, t = 0, 0  # query tiles and key tiles so far
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, PAIRS)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, CAUSAL)
         b, h = head // H, head % H
         for tile in range(start, stop, step):
             i = tile * BLOCK_Q
@@ -444,7 +425,7 @@ def _produce_keys(
 @gluon.jit
 def _consume_keys(
     q_tile, do_tile, k_tiles, v_tiles, out, S_START, DP_START, DQ, scale, padded, sizes,
-    CAUSAL: gl.constexpr, PAIRS: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """dq of every query tile. The key tiles come from the last that it sees to the first."""
     k_places, k_full, k_empty = k_tiles
@@ -456,16 +437,14 @@ def _consume_keys(
     COLUMNS: gl.constexpr = k_places.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_K, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
-    H, _, Nq, Nk, heads = sizes
+    H, _, Nq, Nk, pieces = sizes
     scale_log2 = scale * LOG2E
     zero = gl.zeros([BLOCK_Q, BLOCK_K], gl.float32, S)
     q_i = q_tile[0].index(0).reshape([BLOCK_Q, COLUMNS])
     do_i = do_tile[0].index(0).reshape([BLOCK_Q, COLUMNS])
-    n = 0
-    t = 0
-    pieces = _pieces(Nq, heads, BLOCK_Q, PAIRS)
+    n, t = 0, 0  # query tiles and key tiles so far
     for piece in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, PAIRS)
+        head, start, stop, step = tiles_of_piece(piece, Nq, BLOCK_Q, CAUSAL)
         for tile in range(start, stop, step):
             i = tile * BLOCK_Q
             tiles, masked = _keys(i, Nq, Nk, BLOCK_Q, BLOCK_K, CAUSAL)
@@ -605,22 +584,22 @@ def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
     DQ = DK  # not used
     if not deterministic:
         DQ = descriptor(dq_sum.flatten(0, 1), 1, tile.block_q, columns(D))
-    pairs = tile.pairs and causal
-    gradients_kernel[(_programs(q, Nk, tile.block_k, B * H_kv, tile, pairs),)](
-        Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, B * H_kv,
+    pieces, programs = _shared_out(q, Nk, tile.block_k, B * H_kv, causal)
+    gradients_kernel[(programs,)](
+        Q, K, V, DO, S_START, DP_START, DQ, DK, DV, scale, H_kv, Nq, Nk, pieces,
         GROUP=H // H_kv, COLUMNS=columns(D), CAUSAL=causal, BLOCK_Q=tile.block_q,
-        BLOCK_K=tile.block_k, STAGES=tile.stages, PAIRS=pairs, DQ_FIRST=tile.dq_first,
-        TURN=tile.turn and not causal, SUM=not deterministic, num_warps=8,
+        BLOCK_K=tile.block_k, STAGES=tile.stages, SUM=not deterministic, num_warps=8,
     )  # fmt: skip
 
     if deterministic:
         tile = DQ_TILE
         Q, DO, DQ = (tiles_of(x, tile.block_q) for x in (q, do, dq))
         K, V = tiles_of(k, tile.block_k), tiles_of(v, tile.block_k)
-        dq_kernel[(_programs(q, Nq, tile.block_q, B * H, tile, causal),)](
-            Q, K, V, DO, s_start, dp_start, DQ, scale, H, H // H_kv, Nq, Nk, B * H, padded,
+        pieces, programs = _shared_out(q, Nq, tile.block_q, B * H, causal)
+        dq_kernel[(programs,)](
+            Q, K, V, DO, s_start, dp_start, DQ, scale, H, H // H_kv, Nq, Nk, pieces, padded,
             COLUMNS=columns(D), CAUSAL=causal, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-            STAGES=tile.stages, PAIRS=causal, num_warps=8,
+            STAGES=tile.stages, num_warps=8,
         )  # fmt: skip
     else:
         DQ = descriptors.tiles_of(dq, ROWS)
@@ -628,7 +607,7 @@ def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
     return tuple(without_padding(dx, x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
 
 
-def _programs(q, N, block, heads, tile, pairs):
-    """One for each piece of work or, if they are persistent, at most one for each SM."""
-    pieces = pieces_of(N, block, heads, pairs)
-    return min(pieces, triton_mode.sm_count(q.device)) if tile.persistent else pieces
+def _shared_out(q, N, block, heads, causal):
+    """Pieces of work, and the programs that share them out: at most one for each SM."""
+    pieces = pieces_of(N, block, heads, causal)
+    return pieces, min(pieces, triton_mode.sm_count(q.device))
