@@ -175,7 +175,7 @@ INFERENCE = (
 
 # What runs on one kind of card only, and cannot be interpreted: nothing counts its bytes. Where
 # nobody names a stage, a Hopper card takes flash3 for what it takes (16-bit numbers, D of at most
-# 128, no tile sizes, no machine), and flash2 for the rest.
+# 128, no tile sizes, no machine), and else what other cards take: flash2, or online to be counted.
 HOPPER = (
     Rung(
         "flash3",

@@ -29,7 +29,7 @@ def _best_for(
 ) -> Rung:
     """The highest rung that is quick on q: an interpreted kernel is not, and none is counted.
 
-    flash3 has other options than the ladder; where any is given, it is flash2.
+    A Hopper card takes flash3, which has no tile sizes: where an option is given, it is flash2.
     """
     framework = framework_of(q)
     if framework is None:
