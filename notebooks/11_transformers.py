@@ -354,8 +354,8 @@ ours = llama("FlashEdu").eval()
 # model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="FlashEdu")
 # ```
 #
-# `"FlashEdu"` takes the stage that fits: on a CPU `online`, on a GPU `flash2`, `varlen` where there is a mask,
-# and `decode` where queries are few. Each other name is one stage, which does it or says why it cannot.
+# `"FlashEdu"` takes the stage that fits: on a CPU `online`, on a GPU `flash2` (`flash3` on a Hopper card), `varlen` where
+# there is a mask, and `decode` where queries are few. Each other name is one stage, which does it or says why it cannot.
 #
 # Predict first: how often does our model call FlashEdu, to write the same 8 tokens? It has two layers. Then the same with a
 # static cache, and with **prefill in chunks**: long prompts are read in parts, here of 5 tokens, to save memory.

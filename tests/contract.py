@@ -298,9 +298,13 @@ def check_gradients_match_float64(subject: Subject) -> None:
 
 @needs("backward")
 def check_gradients_of_lse_match_float64(subject: Subject) -> None:
-    """d(Σ w lse)/ds = w p. Each sum has some 30 terms of size 10 at most: 300 roundings."""
+    """d(Σ w lse)/ds = w p. Each sum has some 30 terms of size 10 at most: 300 roundings.
+
+    In the most precise dtype: 300 of bfloat16's are 2.3, which none of these gradients exceeds.
+    """
+    dtype = min(subject.dtypes, key=lambda name: torch.finfo(getattr(torch, name)).eps)
     for p in small(subject):
-        p = p.replace(dtype=subject.dtypes[-1])  # the most precise
+        p = p.replace(dtype=dtype)
         q, k, v, do = subject.draw(p)
         w = do[..., 0].double()
         leaves = tuple(x.requires_grad_() for x in (q, k, v))

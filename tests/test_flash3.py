@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import pytest
 import torch
 
 import flashedu
-from flashedu import stages
 from flashedu.memory import GPUS, UNCOUNTED, Machine, Problem
 from flashedu.notebook import record
 from flashedu.stages import Rung, contract, dispatch, online, rung
@@ -153,18 +151,9 @@ def test_on_a_hopper_card_it_is_the_default_for_what_it_takes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     monkeypatch.setattr(Rung, "missing", lambda self: None)
     x = torch.ones(1, 1, 2, 64, dtype=torch.float16)
-    assert best(x) == "flash2"
-    monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
-    assert best(x) == best(x.bfloat16()) == "flash3"
+    assert best(x) == best(x.bfloat16()) == best(x.clone().requires_grad_()) == "flash3"
     assert best(x.float()) == best(x, block_q=64) == best(x.repeat(1, 1, 1, 3)) == "flash2"
     assert best(x, machine=Machine()) == "online"
-    leaf = x.clone().requires_grad_()
-    assert best(leaf) == "flash2"
-    with torch.no_grad():
-        assert best(leaf) == "flash3"
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
-    assert best(leaf) == "flash3"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
     assert best(x) == "flash2"
 
@@ -198,7 +187,7 @@ def test_what_it_does_not_take_gets_a_sentence_that_names_flash2() -> None:
         contract.check("flash3", q, q, q, causal=False, scale=None)
 
 
-def test_called_by_itself_it_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_called_by_itself_it_says_so_too() -> None:
     from flashedu.stages import flash3, triton_mode
 
     if not triton_mode.INTERPRETED:
@@ -208,10 +197,6 @@ def test_called_by_itself_it_says_so_too(monkeypatch: pytest.MonkeyPatch) -> Non
         flash3.attention(q, q, q)
     with pytest.raises(TypeError, match="deterministic must be True or False, got 'yes'"):
         flash3.attention(q, q, q, deterministic="yes")
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
-    wanted = "must not require gradients for stage 'flash3', .* or take stage 'flash2'"
-    with pytest.raises(ValueError, match=wanted):
-        flash3.attention(q.requires_grad_(), q, q)
 
 
 # between PyTorch and the kernels: `online` stands in for them
@@ -242,7 +227,6 @@ def flash3_here(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(flash3, "asked", asked, raising=False)
     monkeypatch.setattr(flash3, "_check_card", lambda q: None)
     monkeypatch.setattr(triton_mode, "check", lambda *rest: None)
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
     return flash3
 
 
@@ -254,7 +238,7 @@ P = Problem(B=2, H=4, H_kv=2, Nq=17, Nk=23, D=8, dtype="float16", causal=True)
     "inputs_are_not_modified",
 ])  # fmt: skip
 def test_gradients_pass_between_pytorch_and_the_kernels(claim: str, flash3_here: Any) -> None:
-    subject = Subject.of(replace(rung("flash3"), backward=True), flash3_here)
+    subject = Subject.of(rung("flash3"), flash3_here)
     claims(subject)[claim](subject)
     assert flash3_here.asked
 

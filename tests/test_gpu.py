@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 from importlib.metadata import version
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,14 +19,14 @@ import torch
 from packaging.version import Version
 
 import flashedu
-from flashedu import ladder, stages
+from flashedu import ladder
 from flashedu.memory import UNCOUNTED, Machine, Problem, cost
 from flashedu.stages import RUNGS, Rung, online, rung, triton_mode
 from flashedu.stages.reference import Reference
 from flashedu.stages.runs import Runs, everywhere, packed
 from flashedu.testing import assert_right, draw
 from tests.contract import Subject, claims
-from tests.test_mutants import KERNELS, MUTANTS, Mutant, assert_caught, stage_with
+from tests.test_mutants import KERNELS, MUTANTS, Mutant, stage_with
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,28 +62,44 @@ def random(count: int, *shape: int) -> list[torch.Tensor]:
     return [torch.randn(shape, **options) for _ in range(count)]
 
 
-def differentiable(subject: Subject, deterministic: bool) -> Subject:
-    """flash3, or a mutant of it, with gradients: see `flash3_gradients`."""
-    assert subject.attention_with_lse is not None
-    how = {"deterministic": deterministic}
+# flash3 has two backwards, one quicker and one deterministic; the other stages have no modes.
+MODES: dict[str, dict[str, Any]] = {
+    "": {},
+    "any_order": {"deterministic": False},
+    "deterministic": {"deterministic": True},
+}
+IN_ANY_ORDER, DETERMINISTIC = list(MODES)[1:]
+TO_THE_BIT = {  # promised of dq in deterministic mode only
+    "two_runs_give_the_same_bits", "scale_defaults_to_one_over_root_d", "batches_do_not_mix",
+    "future_keys_do_not_change_past_outputs", "each_head_reads_its_own_key_head",
+}  # fmt: skip
+NO_GRADIENTS = {  # the same in both
+    "outputs_match_float64", "lse_matches_float64",
+    "attention_is_the_first_result_of_attention_with_lse",
+}  # fmt: skip
+
+
+def modes(stage: str, claim: str) -> list[str]:
+    """Those of MODES in which the stage is to keep the claim."""
+    if stage != "flash3":
+        return [""]
+    once = claim in TO_THE_BIT | NO_GRADIENTS
+    return [DETERMINISTIC] if once else [IN_ANY_ORDER, DETERMINISTIC]
+
+
+def in_mode(subject: Subject, mode: str) -> Subject:
+    """The subject with the mode's options."""
+    how, with_lse = MODES[mode], subject.attention_with_lse
     return dataclasses.replace(
         subject,
-        backward=True,
         attention=functools.partial(subject.attention, **how),
-        attention_with_lse=functools.partial(subject.attention_with_lse, **how),
+        attention_with_lse=with_lse and functools.partial(with_lse, **how),
     )
 
 
 @functools.cache  # one subject, for whose inputs results are kept
-def with_gradients(deterministic: bool) -> Subject:
-    return differentiable(Subject.of(rung("flash3"), device="cuda"), deterministic)
-
-
-@pytest.fixture
-def flash3_gradients(monkeypatch: pytest.MonkeyPatch):
-    """flash3's module, which takes gradients."""
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
-    return rung("flash3").load()
+def on_the_card(stage: str, mode: str = "") -> Subject:
+    return in_mode(Subject.of(rung(stage), device="cuda"), mode)
 
 
 def for_a_card(r: Rung) -> list[str]:
@@ -91,14 +108,18 @@ def for_a_card(r: Rung) -> list[str]:
     return [c for c in claims(r) if not (r.is_triton and c.startswith(tuple(counted)))]
 
 
-CLAIMS = [(r, claim) for r in ON_A_CARD for claim in for_a_card(r)]
+CLAIMS = [
+    pytest.param(r.name, claim, mode, id="-".join(filter(None, (r.name, claim, mode))))
+    for r in ON_A_CARD
+    for claim in for_a_card(r)
+    for mode in modes(r.name, claim)
+]
 
 
-@pytest.mark.parametrize(
-    ("stage", "claim"), [pytest.param(r, c, id=f"{r.name}-{c}") for r, c in CLAIMS]
-)
-def test_contract_on_the_card(stage: Rung, claim: str) -> None:
-    claims(stage)[claim](Subject.of(stage, device="cuda"))
+@pytest.mark.parametrize(("stage", "claim", "mode"), CLAIMS)
+def test_contract_on_the_card(stage: str, claim: str, mode: str) -> None:
+    subject = on_the_card(stage, mode)
+    claims(subject)[claim](subject)
 
 
 COMPILED_MUTANTS = [
@@ -109,22 +130,21 @@ COMPILED_MUTANTS = [
 
 
 @pytest.mark.parametrize("mutant", COMPILED_MUTANTS, ids=str)
-def test_compiled_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_mutant_is_caught(mutant: Mutant) -> None:
+    """flash3's in one of its modes, at least."""
     subject = stage_with(mutant.stage, mutant.changes, "cuda", mutant.where)
-    if mutant.where == "flash3_backward":
-        monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
-        check = claims(with_gradients(True))[mutant.caught_by]
-        both = [differentiable(subject, deterministic) for deterministic in (True, False)]
-        with pytest.raises(AssertionError):
-            list(map(check, both))
-        return
-    assert_caught(subject, mutant.caught_by)
+    check = claims(subject)[mutant.caught_by]
+    subjects = [in_mode(subject, mode) for mode in modes(mutant.stage, mutant.caught_by)]
+    with pytest.raises(AssertionError):
+        list(map(check, subjects))
 
 
 @pytest.mark.parametrize("stage", sorted(KERNELS))
 def test_the_same_mechanism_passes_the_compiled_kernels(stage: str) -> None:
-    subject = stage_with(stage, device="cuda")
-    claims(subject)["each_head_reads_its_own_key_head"](subject)
+    claim = "each_head_reads_its_own_key_head"
+    (mode,) = modes(stage, claim)
+    subject = in_mode(stage_with(stage, device="cuda"), mode)
+    claims(subject)[claim](subject)
 
 
 @every_rung
@@ -134,23 +154,18 @@ def test_results_stay_on_the_card(stage: Rung) -> None:
     assert o.device == lse.device == q.device
 
 
-@pytest.mark.parametrize("flash3", [False, True], ids=["flash2", "flash3"])
-def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3(monkeypatch, flash3) -> None:
+def test_the_default_stage_on_a_card_is_flash2_or_on_hopper_flash3() -> None:
     q, k, v, _ = drawn(P)
-    monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", flash3)
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
-    want = "flash3" if flash3 and "flash3" not in WITHOUT else "flash2"
-    assert torch.equal(flashedu.attention(q, k, v), flashedu.attention(q, k, v, stage=want))
-    for x in (q.float(), q.repeat(1, 1, 1, 4), q.detach().requires_grad_()):
+    best = "flash2" if "flash3" in WITHOUT else "flash3"
+    wanted = ((q, best), (q.detach().requires_grad_(), best),
+              (q.float(), "flash2"), (q.repeat(1, 1, 1, 4), "flash2"))  # fmt: skip
+    for x, want in wanted:
         o = flashedu.attention(x, x, x)
-        assert torch.equal(o, flashedu.attention(x, x, x, stage="flash2"))
+        assert torch.equal(o, flashedu.attention(x, x, x, stage=want))
         assert o.requires_grad == x.requires_grad
     machine = Machine()
     flashedu.attention(q, k, v, machine=machine)  # which compiled kernels cannot count
     assert machine.launches == ["online"]
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
-    o = flashedu.attention(q.requires_grad_(), k, v)
-    assert torch.equal(o, flashedu.attention(q, k, v, stage=want))
 
 
 def test_the_ladder_counts_kernels_where_they_are_compiled() -> None:
@@ -311,38 +326,20 @@ def test_a_cuda_graph_replays_flash3() -> None:
 
 
 @on_hopper
-def test_flash3_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash3_says_what_it_does_not_take() -> None:
     q, k, v, _ = drawn(P)
-    monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
     flash3 = rung("flash3").load()
-    with pytest.raises(ValueError, match="must not require gradients for stage 'flash3'"):
-        flash3.attention(q.requires_grad_(), k, v)
     with pytest.raises(ValueError, match="machine must be None for stage 'flash3'"):
-        flash3.attention(q.detach(), k, v, machine=Machine())
+        flash3.attention(q, k, v, machine=Machine())
     with pytest.raises(ValueError, match="q must be on cuda for stage 'flash3', got cpu"):
-        flash3.attention(q.detach().cpu(), k.cpu(), v.cpu())
+        flash3.attention(q.cpu(), k.cpu(), v.cpu())
 
 
-# flash3, backward: on in these tests only, as long as FLASH3_BACKWARD is False
+# flash3, backward
 
-TO_THE_BIT = {  # promised of dq in deterministic mode only
-    "two_runs_give_the_same_bits", "scale_defaults_to_one_over_root_d", "batches_do_not_mix",
-    "future_keys_do_not_change_past_outputs", "each_head_reads_its_own_key_head",
-}  # fmt: skip
-GRADIENT_CLAIMS = [
-    (claim, deterministic)
-    for claim in for_a_card(dataclasses.replace(rung("flash3"), backward=True))
-    for deterministic in (False, True)
-    if deterministic or claim not in TO_THE_BIT
-]
-in_both_modes = pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "det"])
-
-
-@on_hopper
-@pytest.mark.parametrize(("claim", "deterministic"), GRADIENT_CLAIMS)
-def test_contract_of_flash3_with_gradients(claim, deterministic, flash3_gradients) -> None:
-    subject = with_gradients(deterministic)
-    claims(subject)[claim](subject)
+in_both_modes = pytest.mark.parametrize(
+    "deterministic", [False, True], ids=[IN_ANY_ORDER, DETERMINISTIC]
+)
 
 
 @on_hopper
@@ -351,7 +348,7 @@ def test_contract_of_flash3_with_gradients(claim, deterministic, flash3_gradient
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_long_sequences_by_flash3_are_right(
-    N: int, D: int, causal: bool, deterministic: bool, flash3_gradients
+    N: int, D: int, causal: bool, deterministic: bool
 ) -> None:
     """As for flash2: the last 32 queries alone make dk and dv."""
     q, k, v, do = random(4, 1, 2, N, D)
@@ -368,7 +365,7 @@ def test_gradients_of_long_sequences_by_flash3_are_right(
 @pytest.mark.parametrize("D", [7, 64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_flash3_are_the_same_bits_each_time(
-    D: int, causal: bool, deterministic: bool, flash3_gradients
+    D: int, causal: bool, deterministic: bool
 ) -> None:
     """dk and dv always, and dq in deterministic mode."""
     inputs = drawn(P.replace(B=4, H=32, D=D, Nq=700, Nk=900))
@@ -382,9 +379,7 @@ def test_gradients_of_flash3_are_the_same_bits_each_time(
 
 
 @on_hopper
-def test_where_pytorch_wants_deterministic_algorithms_dq_is_that_of_deterministic(
-    flash3_gradients,
-) -> None:
+def test_where_pytorch_wants_deterministic_algorithms_flash3_is_deterministic() -> None:
     inputs = drawn(P.replace(H=32, D=128, Nq=700, Nk=900))
     want = run("flash3", *inputs, deterministic=True)
     torch.use_deterministic_algorithms(True)
@@ -399,10 +394,10 @@ def test_where_pytorch_wants_deterministic_algorithms_dq_is_that_of_deterministi
 @pytest.mark.parametrize("Nk", [1, 128, 191, 1030])
 @in_both_modes
 def test_gradients_of_flash3_are_right_where_no_tile_is_full(
-    Nq: int, Nk: int, deterministic: bool, flash3_gradients
+    Nq: int, Nk: int, deterministic: bool
 ) -> None:
     """More queries than keys and fewer, heads that share keys, and a program for each 5 SMs."""
-    subject = with_gradients(deterministic)
+    subject = on_the_card("flash3", DETERMINISTIC if deterministic else IN_ANY_ORDER)
     for D, causal in itertools.product((40, 128), (False, True)):
         p = Problem(B=2, H=6, H_kv=2, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype="bfloat16")
         with mock.patch.object(triton_mode, "sm_count", return_value=5):
@@ -411,20 +406,21 @@ def test_gradients_of_flash3_are_right_where_no_tile_is_full(
 
 @on_hopper
 @pytest.mark.parametrize("scale", [1e-33, -1e-36, 1e-6, 30.0])
-def test_gradients_of_flash3_are_right_at_any_scale(scale: float, flash3_gradients) -> None:
+def test_gradients_of_flash3_are_right_at_any_scale(scale: float) -> None:
     """Below 1e-30 a factor moves from the scale to q: the backward divides by the scale."""
-    subject, p = with_gradients(False), P.replace(dtype="bfloat16", Nk=300)
+    subject, p = on_the_card("flash3"), P.replace(dtype="bfloat16", Nk=300)
     subject.assert_right(p, subject.draw(p), "o lse dq dk dv", scale=scale)
 
 
 @on_hopper
 @pytest.mark.filterwarnings("default")  # torch.compile warns, by version
 @pytest.mark.parametrize("D", [40, 128])
-def test_torch_compile_gives_the_gradients_of_flash3(D: int, flash3_gradients) -> None:
+def test_torch_compile_gives_the_gradients_of_flash3(D: int) -> None:
     q, k, v, do = drawn(P.replace(D=D))
+    flash3 = rung("flash3").load()
 
     def attend(q, k, v):
-        o, lse = flash3_gradients.attention_with_lse(q, k, v, causal=True, deterministic=True)
+        o, lse = flash3.attention_with_lse(q, k, v, causal=True, deterministic=True)
         return o, lse.exp()  # which has a gradient where lse is -inf: 0
 
     results = []
@@ -438,15 +434,15 @@ def test_torch_compile_gives_the_gradients_of_flash3(D: int, flash3_gradients) -
 
 @on_hopper
 @in_both_modes
-def test_the_operator_of_flash3_passes_opcheck_with_gradients(deterministic, flash3_gradients):
+def test_the_operator_of_flash3_passes_opcheck_with_gradients(deterministic: bool) -> None:
     q, k, v = (x.requires_grad_() for x in drawn(P)[:3])
     arguments = (q, k, v, True, 0.25, deterministic)
-    found = torch.library.opcheck(flash3_gradients.flash3_op, arguments)
+    found = torch.library.opcheck(rung("flash3").load().flash3_op, arguments)
     assert set(found.values()) == {"SUCCESS"}
 
 
 @on_hopper
-def test_two_thousand_backwards_of_flash3_on_any_shape_come_to_an_end(flash3_gradients) -> None:
+def test_two_thousand_backwards_of_flash3_on_any_shape_come_to_an_end() -> None:
     """As for the forward; each hundredth is held against float64."""
     rng = np.random.default_rng(0)
     for launch in range(2000):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from flashedu import stages
 from flashedu.stages import rung
 from flashedu.stages.runs import Runs
 from flashedu.testing import ROUNDINGS
@@ -421,17 +420,10 @@ class TestStages:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         chosen = on_a_gpu(monkeypatch, (9, 0))
-        assert chosen(17) == "flash2"
-        monkeypatch.setattr(stages, "FLASH3_BY_DEFAULT", True)
-        monkeypatch.setattr(stages, "FLASH3_BACKWARD", False)
         assert chosen(16) == "decode"
         assert chosen(17) == chosen(17, D=128) == chosen(17, dtype=torch.bfloat16) == "flash3"
         assert chosen(17, D=136) == chosen(17, dtype=torch.float32) == "flash2"
-        assert chosen(17, requires_grad=True) == "flash2"
-        with torch.no_grad():
-            assert chosen(17, requires_grad=True) == "flash3"
-        monkeypatch.setattr(stages, "FLASH3_BACKWARD", True)
-        assert chosen(17, requires_grad=True) == "flash3"
+        assert chosen(17, requires_grad=True) == chosen(1, requires_grad=True) == "flash3"
         assert chosen(17, runs=Runs) == "varlen"
         monkeypatch.delitem(ours._loaded, "flash3")  # a Triton whose Gluon has other names
         assert chosen(17) == "flash2"

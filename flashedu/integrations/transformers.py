@@ -4,10 +4,12 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="FlashEdu")
 
 "FlashEdu" takes the stage that is quick where the tensors are: `online` on a CPU; on a GPU
-`flash2`, `varlen` where there is a mask, and `decode` for few queries. "FlashEdu:online" takes that
-stage, or says why it cannot. For flash1, flash2 and flash3 write "FlashEdu:Flash1" and so on, with
-a capital: Transformers takes any name with "flash" in it for a package of its own. `register`
-returns the names.
+`flash2`, `varlen` where there is a mask, and `decode` for few queries. A Hopper card takes `flash3`
+in place of `flash2` for float16 and bfloat16 and a D of at most 128; the last bits of its dq vary
+from run to run unless torch.use_deterministic_algorithms is on. "FlashEdu:online" takes that stage,
+or says why it cannot. For flash1, flash2 and flash3 write "FlashEdu:Flash1" and so on, with a
+capital: Transformers takes any name with "flash" in it for a package of its own. `register` returns
+the names.
 
 Two functions go to Transformers under each name. One makes the mask, once for all layers: it says
 which keys a query sees by two numbers (see `flashedu.stages.runs`) instead of a row of ones and
@@ -38,7 +40,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flashedu import stages
 from flashedu.stages import RUNGS, rung
 from flashedu.stages.contract import MAX_D, dtype_name
 from flashedu.stages.runs import Runs
@@ -348,9 +349,7 @@ def stage_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs | No
         return "varlen"
     flash3, longest = rung("flash3"), max(q.shape[3], v.shape[3])
     takes = dtype_name(q) in flash3.dtypes and longest <= flash3.largest_D
-    takes = takes and (stages.FLASH3_BACKWARD or not gradients)
-    takes = takes and stages.FLASH3_BY_DEFAULT and major == 9 and "flash3" in _loaded
-    return "flash3" if takes else "flash2"
+    return "flash3" if takes and major == 9 and "flash3" in _loaded else "flash2"
 
 
 def _by_stage(

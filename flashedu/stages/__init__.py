@@ -173,14 +173,9 @@ INFERENCE = (
     ),
 )
 
-# Where nobody names a stage, a Hopper card takes flash2. Not flash3, whose kernel was made simpler
-# after it was measured, and as it is now has not run on a card.
-FLASH3_BY_DEFAULT = False
-
-# Whether flash3 gives gradients. Not yet: its backward compiles, and has not run on a card.
-FLASH3_BACKWARD = False
-
-# What runs on one kind of card only, and cannot be interpreted: nothing counts its bytes.
+# What runs on one kind of card only, and cannot be interpreted: nothing counts its bytes. Where
+# nobody names a stage, a Hopper card takes flash3 for what it takes (16-bit numbers, D of at most
+# 128, no tile sizes, no machine), and else what other cards take: flash2, or online to be counted.
 HOPPER = (
     Rung(
         "flash3",
@@ -189,7 +184,7 @@ HOPPER = (
         ("float16", "bfloat16"),
         tile_sizes=(),
         lse=True,
-        backward=FLASH3_BACKWARD,
+        backward=True,
         requires=("torch", "triton"),
         largest_D=128,
         hopper_only=True,

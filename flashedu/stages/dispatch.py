@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from flashedu import stages
 from flashedu.stages import LADDER, RUNGS, Rung, rung
-from flashedu.stages.contract import dtype_name, framework_of, gradients_wanted
+from flashedu.stages.contract import dtype_name, framework_of
 
 
 def attention(q: Any, k: Any, v: Any, *, stage: str | None, **options: Any) -> Any:
@@ -30,14 +29,14 @@ def _best_for(
 ) -> Rung:
     """The highest rung that is quick on q: an interpreted kernel is not, and none is counted.
 
-    flash3 has other options, and no gradients yet; where they are asked for, it is flash2.
+    A Hopper card takes flash3, which has no tile sizes: where an option is given, it is flash2.
     """
     framework = framework_of(q)
     if framework is None:
         kind = type(q).__name__
         raise TypeError(f"q must be a NumPy array or a torch tensor, got {kind}")
     plain = machine is None and runs is None and not set(options) - {"causal", "scale"}
-    if plain and framework == "torch" and hopper_takes(q, k, v):
+    if plain and framework == "torch" and _hopper_takes(q):
         return rung("flash3")
     rungs = LADDER if runs is None else (*LADDER, rung("varlen"))
     runnable = [r for r in rungs if r.framework == framework and r.missing() is None]
@@ -45,15 +44,13 @@ def _best_for(
     return [r for r in able if not r.is_triton or (machine is None and _runs_on(r, q))][-1]
 
 
-def hopper_takes(q: Any, k: Any, v: Any) -> bool:
-    """Whether flash3 runs here and takes these tensors: on its card, by dtype, D and gradients."""
+def _hopper_takes(q: Any) -> bool:
+    """Whether flash3 runs here and takes q: on its card, by dtype and D."""
     import torch
 
-    flash3, tensors = rung("flash3"), [x for x in (q, k, v) if framework_of(x) == "torch"]
+    flash3 = rung("flash3")
     return (
-        stages.FLASH3_BY_DEFAULT
-        and _runs_on(flash3, q)
-        and (stages.FLASH3_BACKWARD or not gradients_wanted(*tensors))
+        _runs_on(flash3, q)
         and (q.ndim == 4 and q.shape[3] <= flash3.largest_D)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and flash3.missing() is None

@@ -22,16 +22,10 @@ import math
 
 import torch
 
-from flashedu import stages
 from flashedu.memory import hbm
 from flashedu.memory.problem import Problem
 from flashedu.stages import triton_mode
-from flashedu.stages.contract import (
-    check,
-    dtype_name,
-    gradients_wanted,
-    refuse_gradients,
-)
+from flashedu.stages.contract import check, dtype_name, gradients_wanted
 from flashedu.stages.descriptors import empty_like, without_padding
 from flashedu.stages.flash3_backward import backward
 from flashedu.stages.gluon_names import store_tile
@@ -100,8 +94,7 @@ def attention(
     use (torch.use_deterministic_algorithms), it is True.
     Returns o: (B, H, Nq, D), of q's dtype.
     Raises TypeError or ValueError for inputs outside this contract, RuntimeError on
-    another card; ValueError where gradients are asked for and FLASH3_BACKWARD, in
-    flashedu/stages/__init__.py, is False.
+    another card.
     """
     options = dict(causal=causal, scale=scale, deterministic=deterministic)
     return attention_with_lse(q, k, v, **options, machine=machine)[0]
@@ -119,8 +112,6 @@ def attention_with_lse(
     problem, scale = check("flash3", q, k, v, **options)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be True or False, got {deterministic!r}")
-    if not stages.FLASH3_BACKWARD:
-        refuse_gradients("flash3", q, k, v)
     _check_card(q)
     triton_mode.check("flash3", q, machine)
     q, scale = _scaled(q, scale)

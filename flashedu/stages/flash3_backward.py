@@ -19,9 +19,6 @@ products under way. While those of this query tile run, they do the arithmetic o
 The additions to dq_i come in any order, so its last bits vary from run to run. deterministic=True
 leaves them out and computes dq in a kernel of its own: seven products again.
 
-It compiles for Hopper, and has not run on a card yet. So flash3 calls it only where FLASH3_BACKWARD
-(flashedu/stages/__init__.py) says so.
-
 Source: FlashAttention-3 (arXiv 2407.08608), Appendix B.1 and its code; FlashAttention-2 (arXiv
 2307.08691), Algorithm 2.
 """
