@@ -61,6 +61,13 @@ KILLED = """========= COMPUTE-SANITIZER
 =========
 ========= Error: process didn't terminate successfully
 """
+SYNCCHECK = """========= COMPUTE-SANITIZER
+========= Barrier error detected. Divergent thread(s) in warp
+=========     at myKernel(int *)+0x110
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 16 errors
+"""
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 NO_RACE = """========= COMPUTE-SANITIZER
 ========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)
@@ -80,12 +87,14 @@ BROKEN = """========= COMPUTE-SANITIZER
                        "and Read access at sumKernel(int *, int *)+0x100 [508 hazards]"),
         (INITCHECK, 1, "Uninitialized __global__ memory read of size 4 bytes, "
                        "at mult(int *, int *, int)+0x60"),
+        (SYNCCHECK, 16, "Barrier error detected. Divergent thread(s) in warp, "
+                        "at myKernel(int *)+0x110"),
         (CLEAN, 0, None),
         (NO_RACE, 0, None),
         (MEMCHECK.replace("2 errors", "1,234 errors"), 1234,
          "Invalid __global__ write of size 4 bytes, at unaligned_kernel()+0x60"),
     ],
-    ids=["memcheck", "racecheck", "initcheck", "clean", "no race", "many"],
+    ids=["memcheck", "racecheck", "initcheck", "synccheck", "clean", "no race", "many"],
 )  # fmt: skip
 def test_errors_are_counted_and_the_first_are_told(log, errors, first):
     told = sanitize.parse(log)

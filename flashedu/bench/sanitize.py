@@ -1,4 +1,4 @@
-"""Kernels under NVIDIA's Compute Sanitizer: whether any of them reaches outside its arrays.
+"""Kernels under NVIDIA's Compute Sanitizer: whether any reaches outside its arrays, or races.
 
 `measure` starts this module once more as a program, under `compute-sanitizer`, which watches every
 access of every kernel. The program launches our stages at odd sizes; and, with the checks of the
@@ -40,6 +40,7 @@ OPTIONS = {  # of each tool
     "memcheck": ("--report-api-errors", "no", "--padding", "1024"),
     "racecheck": (),
     "initcheck": (),
+    "synccheck": (),
 }
 COMMON = (
     "--target-processes", "application-only", "--launch-timeout", "300",
@@ -399,6 +400,17 @@ def race_kernel(Y):  # type: ignore[no-untyped-def]
     tl.store(Y + mine, last)
 
 
+@triton.jit
+def barrier_kernel(Y):  # type: ignore[no-untyped-def]
+    """Each thread comes to a barrier that names the first of its warp alone."""
+    mine = tl.arange(0, 32)
+    came = tl.inline_asm_elementwise(
+        "{ bar.warp.sync 1; mov.b32 $0, $1; }",
+        "=r,r", [mine], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    tl.store(Y + mine, came)
+
+
 def _plant(mistake: str) -> None:
     x, y = torch.zeros(64, device="cuda"), torch.zeros(512, device="cuda")
     if mistake == "a store behind an array":
@@ -411,6 +423,8 @@ def _plant(mistake: str) -> None:
         descriptor_kernel[(1,)](block, y)
     elif mistake == "a race in shared memory":
         race_kernel[(1,)](y.to(torch.int32))
+    elif mistake == "a barrier for other threads":
+        barrier_kernel[(1,)](y.to(torch.int32))
     else:
         copy_from_kernel[(1,)](torch.empty(64, device="cuda"), y, 0)
     torch.cuda.synchronize()
@@ -421,6 +435,7 @@ PLANTED = {  # tool → mistakes that it should find
                  "a load by a descriptor that is longer than its array"),
     "racecheck": ("a race in shared memory",),
     "initcheck": ("a load of what nobody wrote",),
+    "synccheck": ("a barrier for other threads",),
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ BENCH_PEERS = (
 )
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"
-SANITIZERS = "memcheck, racecheck, initcheck"  # bench.sanitize, without its imports
+SANITIZERS = "memcheck, racecheck, initcheck, synccheck"  # bench.sanitize, without its imports
 SERVERS = (  # bench.serving, without its imports
     "eager-4, sdpa-4, flashedu-4, flashedu-16, continuous-16, continuous-256, vllm-flash-4, "
     "vllm-flash-16, vllm-flash, vllm-triton, vllm-flashedu, tokens"
