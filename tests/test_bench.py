@@ -464,6 +464,37 @@ def test_every_section_has_its_table_with_its_numbers():
     assert "at most 25% of its error budget was used" in " ".join(text.split())
 
 
+def test_a_peer_that_ran_at_no_size_is_told_once_and_has_no_column():
+    found = pretend.record(("speed",))
+    for case in found.data["cases"]:
+        for entry in case["runs"]:
+            if entry["peer"] == "fa4":
+                entry |= {"why": "Missing: it is not here", "median_s": None, "tflops": None}
+            entry["times_as_fast_as"].pop("fa4", None)
+    text, tables = shown(found, 80), 2 * 2 * 2
+    assert text.count("FA4") == text.count("\nFA4: Missing: it is not here\n") == tables
+    found.data["cases"][0]["runs"][0]["why"] = "out of memory"
+    assert "flash2 at N 512: out of memory" in shown(found, 80)
+
+
+def test_the_version_of_fa4_is_recorded_and_shown(monkeypatch):
+    def version(package):
+        if package == "flash-attn-4":
+            return "4.0.0b0"
+        raise devices.PackageNotFoundError
+
+    head = devices.provenance(Toy(), "flashedu bench")
+    assert head["triton"] is not None
+    monkeypatch.setattr(devices, "version", version)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    head = devices.provenance(Toy(), "flashedu bench")
+    assert (head["flash-attn-4"], head["nvidia-cutlass-dsl"]) == ("4.0.0b0", None)
+    found = pretend.record(("speed",))
+    assert "FA4: flash-attn-4" not in shown(found, 80)
+    found.data["flash-attn-4"] = "4.0.0b0"
+    assert "FA4: flash-attn-4 4.0.0b0, nvidia-cutlass-dsl unknown\n" in shown(found, 80)
+
+
 def test_show_draws_the_figures(capsys, tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(pretend.record().data))

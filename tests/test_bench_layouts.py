@@ -1,6 +1,12 @@
-"""The sections `paged` and `varlen`: the same values in other layouts, and wrong ones seen."""
+"""The sections `paged` and `varlen`: the same values in other layouts, and wrong ones seen.
+
+And FlashAttention-4, whose layout is another too, with a module in its place.
+"""
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +20,7 @@ from flashedu.stages import rung
 if rung("varlen").missing():
     pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
 
-from flashedu.bench.peers import Layout, Peer, as_drawn
+from flashedu.bench.peers import Layout, Missing, Peer, as_drawn
 from tests.test_bench import BY_NAME, Toy, one
 
 CACHE = Problem(B=2, H=4, H_kv=2, Nq=1, Nk=75, D=16, dtype="float16")
@@ -174,3 +180,106 @@ def test_the_formula_takes_key_heads_that_are_shared():
     check = Check((q, k, v, q), CACHE, 0, gradients=False)
     o = BY_NAME["standard"].prepare(CACHE, "cpu")(q, k, v)
     assert check.errors({"o": o})["o"].within
+
+
+# FlashAttention-4
+
+GROUPED = Problem(B=2, H=6, H_kv=3, Nq=5, Nk=7, D=16, dtype="float16", causal=True)
+FA4_MISSING = (
+    "Missing: needs FlashAttention-4 (No module named 'flash_attn'): pip install flash-attn-4"
+)
+
+
+@pytest.fixture
+def fa4(monkeypatch):
+    """In its place: the formula, in its layout (B, N, heads, D), which logs its calls."""
+
+    def flash_attn_func(q, k, v, *, causal=False):
+        p = GROUPED
+        assert q.shape == (p.B, p.Nq, p.H, p.D)
+        assert k.shape == v.shape == (p.B, p.Nk, p.H_kv, p.D)
+        stand_in.calls.append((q, k, v))
+        k, v = (x.repeat_interleave(p.group, 2) for x in (k, v))
+        s = p.D**-0.5 * torch.einsum("bihd,bjhd->bhij", q, k)
+        if causal and stand_in.masks:
+            hidden = torch.ones(p.Nq, p.Nk, dtype=torch.bool).triu(1 + p.Nk - p.Nq)
+            s = s.masked_fill(hidden, -torch.inf)
+        return torch.einsum("bhij,bjhd->bihd", torch.softmax(s, -1), v), None
+
+    stand_in = ModuleType("flash_attn.cute")
+    stand_in.flash_attn_func, stand_in.calls, stand_in.masks = flash_attn_func, [], True
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", stand_in)
+    return stand_in
+
+
+def fa4_entry(pass_="fwd", problem=GROUPED, device=None):
+    case = Case("speed", problem, pass_, ("fa4",))
+    return one(measure(case, [BY_NAME["fa4"]], device or Toy(), rounds=2, seed=0), "fa4")
+
+
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("fa4")
+def test_fa4_in_its_layout_gives_the_oracles_results_in_ours(pass_, causal):
+    entry = fa4_entry(pass_, GROUPED.replace(causal=causal))
+    assert entry["why"] is None
+    assert len(entry["seconds"]) == 2
+    assert set(entry["errors"]) == ({"o"} if pass_ == "fwd" else {"o", "dq", "dk", "dv"})
+
+
+def test_fa4_is_told_of_the_mask(fa4):
+    fa4.masks = False
+    assert fa4_entry()["why"].startswith("wrong: o differs")
+
+
+def test_fa4_is_given_views_and_not_copies(fa4):
+    device, drawn = Toy(), []
+
+    def draw(p, seed):
+        drawn.extend(devices.draw(p, seed, "cpu"))
+        return tuple(drawn)
+
+    device.draw = draw
+    assert fa4_entry("bwd", device=device)["why"] is None
+    for call in fa4.calls:
+        assert [x.data_ptr() for x in call] == [x.data_ptr() for x in drawn[:3]]
+
+
+def test_the_first_call_to_fa4_which_compiles_is_not_timed(fa4):
+    device, before = Toy(), []
+
+    def seconds(call, *, wait):
+        before.append(len(fa4.calls))
+        call()
+        return 1.0
+
+    device.seconds = seconds
+    fa4_entry("bwd", device=device)
+    assert before[0] > 0
+
+
+def test_without_fa4_a_sentence_says_so_and_the_others_are_timed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "flash_attn.cute", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    problem = GROUPED.replace(Nq=7)
+    case = Case("speed", problem, "fwd", ("standard", "fa4"))
+    found = measure(case, [BY_NAME[name] for name in case.peers], Toy(), rounds=2, seed=0)
+    assert one(found, "fa4")["why"] == FA4_MISSING
+    assert one(found, "fa4")["seconds"] == []
+    assert len(one(found, "standard")["seconds"]) == 2
+
+
+class Absent:
+    """Finds no module `flash_attn`, wherever the tests run."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "flash_attn":
+            raise ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn")
+
+
+def test_fa4_on_a_card_before_hopper_is_refused_by_the_cards_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(Missing, match="needs a Hopper GPU or a later one, got NVIDIA A100"):
+        BY_NAME["fa4"].prepare(GROUPED, "cuda")

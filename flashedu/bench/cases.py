@@ -20,6 +20,7 @@ PEERS = {  # name → as a reader knows it
     "sdpa-cudnn": "SDPA cuDNN",
     "sdpa-efficient": "SDPA efficient",
     "flex": "Flex",
+    "fa4": "FA4",
     "sdpa-math": "SDPA math",
     "decode": "decode",
     "copy": "copy",
@@ -38,7 +39,7 @@ PEERS = {  # name → as a reader knows it
     "hf-eager": "eager",
 }
 AT_SPEED = ("flash2", "flash3", "flash1", "standard", "sdpa-flash", "sdpa-cudnn",
-            "sdpa-efficient", "flex", "sdpa-math")  # fmt: skip
+            "sdpa-efficient", "flex", "fa4", "sdpa-math")  # fmt: skip
 FORWARD_ONLY = {r.name for r in RUNGS if not r.backward}
 USUAL = tuple(name for name in AT_SPEED if name != "sdpa-math")
 DRAWN = (*AT_SPEED, "decode", "copy")  # in figures

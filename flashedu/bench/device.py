@@ -7,7 +7,7 @@ import gc
 import platform
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -146,11 +146,19 @@ def provenance(device: Any, command: str, commit: str | None = None) -> dict[str
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "triton": version("triton") if find_spec("triton") else None,
+        **{name: _version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl")},
         "flashedu": flashedu.__version__,
         "commit": commit or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if dirty is None else bool(dirty),
         "command": command,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*args: str) -> str | None:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from flashedu.bench.cases import ModelCase
-from flashedu.bench.peers import ModelPeer
-from flashedu.bench.run import Missing
+from flashedu.bench.peers import Missing, ModelPeer
 from flashedu.testing import ROUNDINGS, Error
 
 PAD = 0

@@ -1,4 +1,4 @@
-"""Who is timed: the stages with kernels, and what PyTorch has.
+"""Who is timed: the stages with kernels, what PyTorch has, and FlashAttention-4.
 
 A peer is prepared for one size, outside the time: masks are made, code is compiled, and keys are
 put into pages then.
@@ -95,6 +95,10 @@ def _by(backend: Any) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: sdpa_kernel(backend)
 
 
+class Missing(RuntimeError):
+    """What a case or a peer needs is not here. One sentence."""
+
+
 class Uncompiled(RuntimeError):
     """torch.compile gave up: what would be timed is not FlexAttention's kernel."""
 
@@ -116,6 +120,33 @@ def _flex(p: Problem, device: str) -> Attention:
     torch.compiler.reset()  # it keeps only a few sizes of one function
     compiled = torch.compile(attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: compiled(q, k, v, mask)
+
+
+def _fa4(p: Problem, device: str) -> Attention:
+    """FlashAttention-4 in CuTe DSL, by its authors (https://github.com/Dao-AILab/flash-attention).
+
+    It compiles its kernels at the first call for a head size, dtype and mask, which is the check's.
+    Its causal mask is aligned bottom-right, as ours.
+    """
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        card = torch.cuda.get_device_name()
+        raise Missing(f"FlashAttention-4 needs a Hopper GPU or a later one, got {card}")
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        raise Missing(f"needs FlashAttention-4 ({error}): pip install flash-attn-4") from None
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        o, _ = flash_attn_func(q, k, v, causal=p.causal)
+        return o
+
+    return attention
+
+
+def _heads_third(case: Case, inputs: Sequence[Any]) -> Layout:
+    """(B, N, heads, D), as views: FlashAttention-4 takes their strides, and nothing is copied."""
+    turned = [x.transpose(1, 2) for x in inputs]
+    return Layout(case.problem, turned, back=lambda x: x.transpose(1, 2))
 
 
 def _copy(p: Problem, device: str) -> Attention:
@@ -252,6 +283,7 @@ ATTENTIONS = (
     Peer("sdpa-cudnn", _sdpa, around=_by(SDPBackend.CUDNN_ATTENTION)),
     Peer("sdpa-efficient", _sdpa, around=_by(SDPBackend.EFFICIENT_ATTENTION)),
     Peer("flex", _flex),
+    Peer("fa4", _fa4, layout=_heads_third),
     Peer("sdpa-math", _sdpa, around=_by(SDPBackend.MATH)),
     _stage("decode"),
     Peer("copy", _copy, backward=False, attends=False),

@@ -17,7 +17,7 @@ import torch
 
 from flashedu import testing
 from flashedu.bench.cases import AnyCase, Case, ModelCase
-from flashedu.bench.peers import AnyPeer, Peer
+from flashedu.bench.peers import AnyPeer, Missing, Peer
 from flashedu.memory import Problem
 
 OnCase = Callable[[int, int, str], None]  # number, of how many, what
@@ -83,10 +83,6 @@ def measure(
         "checked": checked,
         "runs": list(entries.values()),
     }
-
-
-class Missing(RuntimeError):
-    """What a case needs is not installed. One sentence."""
 
 
 def _set_up(case: AnyCase, device: Any, seed: int) -> tuple[Any, Callable[[Any], Any]]:

@@ -187,6 +187,9 @@ def _provenance(record: Record) -> Iterator[str]:
     data = record.data
     dirty = ", with changes that were not committed" if data.get("uncommitted_changes") else ""
     yield f"{record.path.name}, commit {(data.get('commit') or 'unknown')[:12]}{dirty}"
+    if data.get("flash-attn-4"):
+        dsl = data.get("nvidia-cutlass-dsl") or "unknown"
+        yield f"FA4: flash-attn-4 {data['flash-attn-4']}, nvidia-cutlass-dsl {dsl}"
     for when in ("before", "after"):
         if state := data.get(when):
             yield f"{when}: {', '.join(f'{name} {value}' for name, value in state.items())}"
@@ -207,13 +210,16 @@ def _section(
 ) -> Iterator[RenderableType]:
     """A table for each value of `apart`; a row for each case, a column for each peer.
 
-    The last columns set ours beside some of them: how many times as fast, or how much less.
+    A peer that ran at no size has a line instead. The last columns set ours beside some of them:
+    how many times as fast, or how much less.
     """
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in record.cases(section):
         groups.setdefault(tuple(case[name] for name in apart), []).append(case)
     for values, cases in groups.items():
-        peers = list(dict.fromkeys(run["peer"] for case in cases for run in case["runs"]))
+        nowhere = _nowhere(cases)
+        named = dict.fromkeys(run["peer"] for case in cases for run in case["runs"])
+        peers = [peer for peer in named if peer not in nowhere]
         lead, others = ours, beside
         if section == "speed" and "flash3" in peers:  # there is room for one column more
             lead, others = "flash3", ("sdpa-cudnn",)
@@ -233,11 +239,22 @@ def _section(
                 *(_ratio(cell, runs[lead], runs[peer]) for peer in compared),
             )
         yield table
+        for peer, why in nowhere.items():
+            yield Text(f"{PEERS[peer]}: {why}")
         for case in cases:
             for run in case["runs"]:
-                if run["why"]:
+                if run["why"] and run["peer"] not in nowhere:
                     where = ", ".join(f"{name} {head(case)}" for name, head in heads.items())
                     yield Text(f"{PEERS[run['peer']]} at {where}: {run['why']}")
+
+
+def _nowhere(cases: Sequence[Case]) -> dict[str, str]:
+    """The peers that ran at no size, for one reason: it is said once, and they get no column."""
+    whys: dict[str, set[str | None]] = {}
+    for case in cases:
+        for run in case["runs"]:
+            whys.setdefault(run["peer"], set()).add(run["why"])
+    return {peer: why for peer, (why, *more) in whys.items() if why and not more}
 
 
 def _about_varlen(case: Case) -> str:
