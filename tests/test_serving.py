@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -321,7 +324,7 @@ def test_an_engine_that_fails_costs_no_other_its_measurement(tmp_path, monkeypat
            "runs": [[i, r.engine.name, r.load.as_dict()] for i, r in enumerate(runs)]}  # fmt: skip
     serving.run_all(job, tmp_path / "out.jsonl")
     failed, ran = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert failed == {"number": 0, "why": "RuntimeError: no card"}
+    assert (failed["number"], failed["why"]) == (0, "RuntimeError: no card")
     assert ran["number"] == 1
     assert len(ran["latencies_s"]) == 3
     assert ran["requests_per_s"] > 0
@@ -343,14 +346,16 @@ def test_a_record_of_serving_reads_back(tmp_path) -> None:
 
 SLOW = """
 import json, sys, time
-for number in (0, 1):
+print("what it said", flush=True)
+done = {"requests_per_s": 1.0, "output_tokens_per_s": 20.0, "seconds": 3.0, "took_s": 9.0}
+for number, told in enumerate((done, {"why": "no card"})):
     with open(sys.argv[1], "a") as out:
-        out.write(json.dumps({"number": number, "requests_per_s": 1.0}) + "\\n")
+        out.write(json.dumps({"number": number, **told}) + "\\n")
     time.sleep(3600 if number else 0)
 """
 
 
-def test_what_has_ended_is_recorded_before_the_rest_has(tmp_path, monkeypatch) -> None:
+def test_what_has_ended_is_recorded_before_the_rest_has(tmp_path, monkeypatch, capsys) -> None:
     """A run that is stopped, or whose time is over, keeps what it has measured."""
     (tmp_path / "slow_engine.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -364,7 +369,103 @@ def test_what_has_ended_is_recorded_before_the_rest_has(tmp_path, monkeypatch) -
     assert next(cases)["runs"][0]["peer"] == "sdpa-4"
     (last,) = cases
     assert last["runs"][0]["why"] == "it took more than 2 s"
-    assert told == [str(run) for run in runs]
+    first, second, third = map(str, runs)
+    ended = "1.00 requests/s, 20 tokens/s, 3.0 s; with start and warm-up 9.0 s"
+    assert told == [first, f"{first}: {ended}", second, f"{second}: no card", third,
+                    f"{third}: it took more than 2 s"]  # fmt: skip
+    assert "what it said" in capsys.readouterr().err
+
+
+def test_an_engine_that_does_not_stop_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    (tmp_path / "slow_engine.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(serving, "__name__", "slow_engine")
+    wanted = [("eager-4", math.inf, 3), ("sdpa-4", math.inf, 3)]
+    start = time.monotonic()
+    cases = serving.measure(
+        serving.plan("tiny", wanted), "tiny", "float32", "cpu", on_case=lambda *x: None
+    )
+    assert len(list(cases)) == 2
+    assert time.monotonic() - start < 60  # it sleeps for an hour
+
+
+def test_what_engines_share_is_made_once_and_tried_twice() -> None:
+    models, made, failed = {}, [], []
+
+    def fails():
+        failed.append(1)
+        raise RuntimeError("no card")
+
+    for _ in range(3):
+        serving._once(models, "llama", lambda: made.append(1))
+        with pytest.raises(RuntimeError, match="no card"):
+            serving._once(models, "vllm", fails)
+    assert (len(made), len(failed)) == (1, 2)
+
+
+class Counting:
+    """An engine that fails where it is told to, and remembers what was asked of it."""
+
+    made: ClassVar[list[Counting]] = []
+
+    def __init__(self, fails_at: int) -> None:
+        self.clock, self.fails_at, self.served, self.closed = WallClock(), fails_at, [], False
+        self.made.append(self)
+        self.running = self.cached_tokens = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.written = {}
+
+    def add(self, request) -> None:
+        self.served.append(request)
+        if len(self.served) == self.fails_at:
+            raise RuntimeError("no memory")
+
+    def step(self) -> list[Token]:
+        now = self.clock.now()
+        return [Token(r.number, now) for r in self.served[-3:] for _ in range(r.new_tokens)]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_engine_is_warmed_up_once_and_after_a_failure_is_a_new_one(
+    tmp_path, monkeypatch
+) -> None:
+    Counting.made = []
+    monkeypatch.setattr(serving, "_start", lambda engine, job, models: Counting(11))
+    runs = serving.plan("tiny", [("vllm-flash", math.inf, 3)] * 4)
+    job = {"shape": "tiny", "dtype": "float32", "device": "cpu",
+           "runs": [[i, r.engine.name, r.load.as_dict()] for i, r in enumerate(runs)]}  # fmt: skip
+    serving.run_all(job, tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # warm-up, two runs; the third fails at its second request; the fourth has a warm-up again
+    assert [line.get("why") for line in lines] == [None, None, "RuntimeError: no memory", None]
+    assert [len(engine.served) for engine in Counting.made] == [11, 6]
+    assert all(engine.closed for engine in Counting.made)
+    assert all(line["took_s"] >= 0 for line in lines)
+
+
+def test_vllm_forgets_what_it_has_not_answered() -> None:
+    aborted = []
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(get_vocab_size=lambda: 64),
+        cache_config=SimpleNamespace(block_size=16),
+    )
+    shared = SimpleNamespace(vllm_config=config, abort_request=aborted.extend)
+    engine = engines.VLLM(shared, WallClock(), batch=4)
+    engine._inside.update({3, 5})
+    engine.close()
+    assert sorted(aborted) == ["3", "5"]
+
+
+def test_a_memory_case_that_was_not_come_to_says_why() -> None:
+    runs = serving._unplanned(6, "it took more than 2 s")
+    assert [(run["attention"], run["B"], run["N"]) for run in runs] == [
+        ("FlashEdu", 16, 1024), ("FlashEdu", 16, 4096),
+    ]  # fmt: skip
+    assert {run["why"] for run in runs} == {"it took more than 2 s"}
 
 
 def test_a_record_of_serving_prints_a_table_a_rate(tmp_path) -> None:

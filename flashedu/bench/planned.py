@@ -36,6 +36,12 @@ CASES = (
 )  # fmt: skip
 
 
+def head(case: Case) -> dict[str, Any]:
+    """What a run of a case begins with, in a record."""
+    return {"peer": case.attention, "kind": "plan", "repeat": 0, "batch": case.B, "why": None,
+            **dataclasses.asdict(case)}  # fmt: skip
+
+
 def measure(model: Any, sizes: Model, card: GPU, dtype: str) -> Iterator[dict[str, Any]]:
     """A run of each case, as it stands in a record; `card` is only to plan for."""
     from flashedu.integrations.transformers import register
@@ -44,14 +50,13 @@ def measure(model: Any, sizes: Model, card: GPU, dtype: str) -> Iterator[dict[st
     x = torch.ones(256, 256, device="cuda", dtype=getattr(torch, dtype))
     x @ x  # cuBLAS takes its workspace
     for case in CASES:
-        entry = {"peer": case.attention, "kind": "plan", "repeat": 0, "batch": case.B, "why": None,
-                 **dataclasses.asdict(case)}  # fmt: skip
+        entry = head(case)
         attention = "standard" if case.attention == "eager" else "flash"
         prefill = plan(sizes, card, N=case.N, B=case.B, attention=attention, dtype=dtype)
         decode = prefill.replace(N=case.N + STEPS, used=case.N + STEPS)
         try:
             entry |= _measured(model, case)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:  # one that does not fit costs no other its measurement
             entry["why"] = sentence(error)
         yield entry | {
             "planned_weights_bytes": prefill.weights_bytes,

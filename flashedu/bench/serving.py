@@ -7,13 +7,15 @@ no other its measurement.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +31,8 @@ PROMPTS = Lengths(256, 1.0, 16, 3584)
 ANSWERS = Lengths(64, 0.8, 4, 512)  # the article: at most 512
 TINY_PROMPTS, TINY_ANSWERS = Lengths(32, 0.8, 4, 200), Lengths(8, 0.6, 2, 32)
 SAMPLES = 240  # of a run, that a record keeps
-LIMIT_S = 420  # of a group
+LIMIT_S = 360  # of a group
+SAID = 4000  # characters of the log of a program that fails, for stderr
 PATIENCE_S = 0.2  # between two looks at what a program has written
 PLANNED = "planned"  # the argument for `flashedu.bench.planned`
 
@@ -84,11 +87,15 @@ class Run:
 
 
 INF = math.inf
-CASE_STUDY = (  # engine, requests a second, requests: slow engines get few
-    ("eager-4", INF, 24), ("eager-4", 0.5, 20), ("flashedu-4", INF, 16), ("flashedu-16", INF, 32),
-    ("continuous-16", INF, 32), ("vllm-flash-4", INF, 48), ("vllm-flash-16", INF, 96),
+# Engine, requests a second, requests. Slow engines get few, and come last: what a card has no more
+# time for is not vLLM. Static batches get the same 16 requests. 0.25 a second is about half of what
+# eager-4 can answer.
+CASE_STUDY = (
+    *((engine, INF, 256) for engine in ("vllm-flash", "vllm-flashedu", "vllm-triton") * 2),
     ("vllm-flash", 18.4, 256), ("vllm-flashedu", 18.4, 256),
-    *((engine, INF, 256) for engine in ("vllm-flash", "vllm-triton", "vllm-flashedu") * 2),
+    ("vllm-flash-4", INF, 48), ("vllm-flash-16", INF, 96),
+    ("eager-4", INF, 16), ("flashedu-4", INF, 16), ("flashedu-16", INF, 16), ("eager-4", 0.25, 12),
+    ("continuous-16", INF, 32),
 )  # fmt: skip
 
 
@@ -108,7 +115,7 @@ def plan(
 def measure(
     runs: Sequence[Run], shape: str, dtype: str, device: str, *, on_case: OnCase
 ) -> Iterator[dict[str, Any]]:
-    """A case for each run as it ends, as it stands in a record."""
+    """A case for each run as it ends, as it stands in a record; `on_case` is told what came out."""
     for group in dict.fromkeys(run.engine.group for run in runs):
         numbers = [i for i, run in enumerate(runs) if run.engine.group == group]
         on_case(numbers[0], len(runs), str(runs[numbers[0]]))
@@ -119,15 +126,38 @@ def measure(
                 number = line.pop("number")
                 numbers.remove(number)
                 log = backend_line(child.said)
+                on_case(number, len(runs), f"{runs[number]}: {outcome(line)}")
+                if line.get("why"):
+                    print(child.said[-SAID:], file=sys.stderr, flush=True)
                 yield _case(runs[number], shape, dtype, line | ({"log": log} if log else {}))
-                if numbers:
-                    on_case(numbers[0], len(runs), str(runs[numbers[0]]))
+                if not numbers:  # an engine that does not stop is not waited for
+                    break
+                on_case(numbers[0], len(runs), str(runs[numbers[0]]))
         for number in numbers:
+            on_case(number, len(runs), f"{runs[number]}: {child.why}")
             yield _case(runs[number], shape, dtype, {"why": child.why})
         if group == "transformers" and plans(shape, device):
             on_case(len(runs) - 1, len(runs), "memory, beside the plan")
-            told = program(__name__, [PLANNED, shape, dtype])[0]
+            told, _, why = program(__name__, [PLANNED, shape, dtype])
+            told += _unplanned(len(told), why)
             yield {"section": "memory", "shape": shape, "dtype": dtype, "load": None, "runs": told}
+
+
+def _unplanned(done: int, why: str) -> list[dict[str, Any]]:
+    """Runs of the memory section that its program did not come to."""
+    from flashedu.bench import planned
+
+    return [planned.head(case) | {"why": why} for case in planned.CASES[done:]]
+
+
+def outcome(entry: dict[str, Any]) -> str:
+    """What came of a run, in a line."""
+    if entry.get("why"):
+        return str(entry["why"])
+    return (
+        f"{entry['requests_per_s']:.2f} requests/s, {entry['output_tokens_per_s']:.0f} tokens/s, "
+        f"{entry['seconds']:.1f} s; with start and warm-up {entry['took_s']:.1f} s"
+    )
 
 
 def plans(shape: str, device: str) -> bool:
@@ -185,7 +215,7 @@ class Program:
                     self._process.kill()
                 time.sleep(PATIENCE_S * running)
         if self._process.returncode:
-            sys.stderr.write(self.said[-4000:])
+            print(self.said[-SAID:], file=sys.stderr, flush=True)
 
 
 def program(
@@ -260,25 +290,41 @@ def _write(out: Path, entry: dict[str, Any]) -> None:
 
 
 def run_all(job: dict[str, Any], out: Path) -> None:
-    """The runs of a group, one after the other."""
+    """The runs of a group, one after the other. Each is written down before the next begins."""
     models: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
     for number, name, of_load in job["runs"]:
-        load = load_of(of_load)
+        engine, start = ENGINES[name], time.monotonic()
         try:
+            warm_up = 0  # it is warm
             if name not in loaded:
-                for engine in loaded.values():
-                    engine.close()
-                loaded.clear()
-                loaded[name] = _start(ENGINES[name], job, models)
-            warm_up = 64 if ENGINES[name].batch > 64 else 4  # steps of all sizes, not of all loads
-            entry = run_one(loaded[name], load, job["device"], warm_up)
+                _close(loaded)
+                loaded[name] = _start(engine, job, models)
+                warm_up = 64 if engine.batch > 64 else 4  # steps of all sizes, not of all loads
+            entry = run_one(loaded[name], load_of(of_load), job["device"], warm_up)
         except Exception as error:
+            traceback.print_exc()
             entry = {"why": sentence(error)}
-            loaded.clear()
+        entry["took_s"] = time.monotonic() - start
         _write(out, {"number": number, **entry})
+        if entry.get("why"):
+            _close(loaded)
+    _close(loaded)
+
+
+def _close(loaded: dict[str, Any]) -> None:
+    """Stop these engines; the next one finds their memory free."""
+    import torch
+
     for engine in loaded.values():
-        engine.close()
+        try:
+            engine.close()
+        except Exception:  # what it measured is written down
+            traceback.print_exc()
+    loaded.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _start(engine: Engine, job: dict[str, Any], models: dict[str, Any]) -> Any:
@@ -286,27 +332,42 @@ def _start(engine: Engine, job: dict[str, Any], models: dict[str, Any]) -> Any:
 
     clock = WallClock()
     if engine.kind == "vllm":
-        if not models:
-            models["vllm"] = engines.vllm_engine(
-                job["shape"], engine.attention, dtype=job["dtype"], **GRAPHS
-            )
-        return engines.VLLM(models["vllm"], clock, batch=engine.batch)
-    if not models:
-        models["llama"] = engines.llama(job["shape"], job["dtype"], job["device"])
-    how: dict[str, Any] = {"batch": engine.batch}
+        how: dict[str, Any] = {"dtype": job["dtype"], **GRAPHS}
+        made = _once(
+            models, "vllm", lambda: engines.vllm_engine(job["shape"], engine.attention, **how)
+        )
+        return engines.VLLM(made, clock, batch=engine.batch)
+    model = _once(models, "llama", lambda: engines.llama(job["shape"], job["dtype"], job["device"]))
+    how = {"batch": engine.batch}
     if engine.kind == "static":
-        return engines.StaticBatches(models["llama"], engine.attention, clock, **how)
+        return engines.StaticBatches(model, engine.attention, clock, **how)
     if job["device"] == "cpu":  # whose memory is not for the cache alone
         how["room"] = 8192
-    return engines.ContinuousBatching(models["llama"], engine.attention, clock, **how)
+    return engines.ContinuousBatching(model, engine.attention, clock, **how)
+
+
+def _once(models: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
+    """What the engines of a group share. What could not be made twice is not tried again."""
+    if name not in models:
+        failures = models.setdefault(f"no {name}", [])
+        if len(failures) == 2:
+            raise RuntimeError(failures[-1])
+        try:
+            models[name] = make()
+        except Exception as error:
+            failures.append(sentence(error))
+            raise
+    return models[name]
 
 
 def run_one(engine: Any, load: Load, device: str, warm_up: int = 4) -> dict[str, Any]:
-    """Warm up with other requests of the same kinds; then the load, and what became of it."""
+    """Warm up with `warm_up` other requests of the same kinds; then the load, and what came of it."""
     import torch
 
-    warm = load.replace(rate_per_s=math.inf, count=min(load.count, warm_up), seed=load.seed + 1)
-    serve(engine, warm.requests(), engine.clock)
+    if warm_up:
+        few = min(load.count, warm_up)
+        warm = load.replace(rate_per_s=math.inf, count=few, seed=load.seed + 1)
+        serve(engine, warm.requests(), engine.clock)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -31,6 +31,8 @@ import json
 import random
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,11 +116,17 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def measure(count: int = PROMPTS, seed: int = 0, *, on_case: OnCase) -> Iterator[dict[str, Any]]:
     """One case, as it stands in a record: a run for each variant and each two backends."""
-    on_case(0, 1, f"tokens of {', '.join(BACKENDS)}: {count} prompts")
+    what, start = f"tokens of {', '.join(BACKENDS)}: {count} prompts", time.monotonic()
+    on_case(0, 1, what)
     with ThreadPoolExecutor(len(BACKENDS)) as pool:
         jobs = [(__name__, [backend, str(count), str(seed)]) for backend in BACKENDS]
         told = pool.map(lambda job: serving.program(*job), jobs)
     found = dict(zip(BACKENDS, map(_by_variant, told), strict=True))
+    runs = [run for variant in VARIANTS for run in compare(variant, found)]
+    least = min((run["same"] for run in runs if not run["why"]), default=None)
+    failed = sum(bool(run["why"]) for run in runs)
+    on_case(0, 1, f"{what}: {least} or more the same, {failed} of {len(runs)} pairs failed; "
+                  f"took {time.monotonic() - start:.1f} s")  # fmt: skip
     yield {
         "section": TOKENS, "shape": TOKENS, "dtype": DTYPE,
         "load": {
@@ -126,13 +134,15 @@ def measure(count: int = PROMPTS, seed: int = 0, *, on_case: OnCase) -> Iterator
             "beginnings": BEGINNINGS, "step_tokens": STEP_TOKENS, "sizes": SIZES,
             "variants": VARIANTS,
         },
-        "runs": [run for variant in VARIANTS for run in compare(variant, found)],
+        "runs": runs,
     }  # fmt: skip
 
 
 def _by_variant(told: tuple[list[dict[str, Any]], str, str]) -> dict[str, dict[str, Any]]:
     lines, said, why = told
     log, ended = serving.backend_line(said), {line["variant"]: line for line in lines}
+    if any(line.get("why") for line in lines):
+        print(said[-serving.SAID :], file=sys.stderr, flush=True)
     return {name: {"log": log, **ended.get(name, {"why": why})} for name in VARIANTS}
 
 
@@ -230,6 +240,7 @@ def main(out: Path, backend: str, count: int, seed: int) -> None:
                 write_model(Path(folder), seed)
                 entry = _answers(folder, backend, prompts(count, seed), options)
         except Exception as error:
+            traceback.print_exc()
             entry = {"why": sentence(error)}
         with out.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"variant": name, **entry}) + "\n")

@@ -267,7 +267,7 @@ def serving(
     """Send a load of requests to real engines, and record throughput, latency and memory.
 
     A model of Llama 2 7B's shape with random weights. Without --engines: the case study of chapter
-    12, with rates and counts of its own. Its last part, tokens, compares what vLLM's backends and
+    12, with rates and counts of its own. Its part tokens compares what vLLM's backends and
     ours write, in float16, with a small model and prompts of its own.
     """
     device = _measuring_device("bench serving")
@@ -286,9 +286,9 @@ def serving(
     device.give_back()
     with progress() as on_case:
         steps = engines_.measure(runs, shape, dtype, device.name, on_case=on_case)
-        if compares:
+        if compares:  # first: it is soon done, and says whether vLLM runs at all
             prompts = 12 if quick else tokens.PROMPTS
-            steps = itertools.chain(steps, tokens.measure(prompts, seed, on_case=on_case))
+            steps = itertools.chain(tokens.measure(prompts, seed, on_case=on_case), steps)
         kinds = {run.engine.kind for run in runs} - {"vllm"}
         more = compares + (bool(kinds) and engines_.plans(shape, device.name))
         head = {"quick": quick, "planned": len(runs) + more, **engines_.provenance()}

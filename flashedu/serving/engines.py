@@ -250,7 +250,9 @@ class VLLM(_Continuous):
         self._inside.add(request.number)
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Forget what it has not answered: others may share vLLM's engine."""
+        self._engine.abort_request([str(number) for number in self._inside])
+        self._inside.clear()
 
 
 def vllm_engine(
