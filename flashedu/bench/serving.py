@@ -361,7 +361,7 @@ def _once(models: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
 
 
 def run_one(engine: Any, load: Load, device: str, warm_up: int = 4) -> dict[str, Any]:
-    """Warm up with `warm_up` other requests of the same kinds; then the load, and what came of it."""
+    """Warm up with other requests of the same kinds; then the load, and what became of it."""
     import torch
 
     if warm_up:
