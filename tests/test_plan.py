@@ -422,6 +422,17 @@ def test_bars_of_the_figure_are_as_long_as_the_bytes(no_figure_stays_open) -> No
     assert marks == pytest.approx([32e9 / 2**30, 80e9 / 2**30])
 
 
+def test_dots_of_the_figure_are_the_allocators_peaks(no_figure_stays_open) -> None:
+    from flashedu import plots
+
+    peaks = {"after": 34 * 2**30}
+    parts = {"before": before().parts, "after": after().parts}
+    fig = plots.card_memory(parts, A100, "title", peaks=peaks)
+    (dot,) = (line for line in fig.axes[0].lines if line.get_marker() == "o")
+    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([34.0], [1])
+    assert "allocator's peak" in [text.get_text() for text in fig.legends[0].get_texts()]
+
+
 def test_a_built_in_plan_needs_no_torch() -> None:
     code = (
         "import sys; from flashedu import cli; cli.main(['plan', '--json']); "

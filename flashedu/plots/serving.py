@@ -20,18 +20,20 @@ def card_memory(
     card: GPU,
     title: str,
     allowed: Mapping[str, float] | None = None,
+    peaks: Mapping[str, int] | None = None,
 ) -> Figure:
     """Stacked bars: the memory of each plan by what it is spent on, against the card's.
 
     `plans`: label → part → bytes, the parts those of PARTS. `allowed`: label → share of the card
-    that it may use, marked where it is less than all.
+    that it may use, marked where it is less than all. `peaks`: label → the most bytes that an
+    allocator reported, a dot.
     """
     with styled() as look:
         colours = {"weights": look.hbm, "KV cache": look.tensor["k"],
                    "attention": look.tensor["s"], "activations": look.tints[0]}  # fmt: skip
         fig, ax = plt.subplots(figsize=(8, 1.75 + 0.62 * len(plans)))
         totals = [sum(parts.values()) for parts in plans.values()]
-        right, marked = float(max(card.hbm_bytes, *totals)), False
+        right, marked, peaked = float(max(card.hbm_bytes, *totals)), False, False
         for row, (label, parts) in enumerate(plans.items()):
             left = 0.0
             for name in PARTS:
@@ -47,6 +49,11 @@ def card_memory(
                         zorder=4, label=None if marked else "may be used")  # fmt: skip
                 marked = True
             end = limit if left < limit < left + 0.25 * right else left
+            if peak := (peaks or {}).get(label):
+                ax.plot(peak / 2**30, row, marker="o", linestyle="", color=look.ink, zorder=5,
+                        markeredgecolor=look.paper, clip_on=False,
+                        label=None if peaked else "allocator's peak")  # fmt: skip
+                end, peaked = max(end, peak + 0.008 * right), True
             ax.text(end / 2**30, row, f"  {human_bytes(left)}, {left / card.hbm_bytes:.0%}",
                     va="center",
                     bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 0})  # fmt: skip
@@ -61,7 +68,7 @@ def card_memory(
         ax.set_ylim(len(plans) - 0.4, -0.6)
         ax.set_xlim(0, 1.24 * right / 2**30 if max(totals) > 0.8 * right else 1.03 * right / 2**30)
         ax.set_xlabel("memory of the card (GiB)", loc="left")
-        fig.legend(loc="outside lower left", ncols=len(PARTS) + 1)
+        fig.legend(loc="outside lower left", ncols=len(PARTS) + bool(allowed) + bool(peaks))
         ax.set_title(title)
     return fig
 
