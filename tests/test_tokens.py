@@ -170,11 +170,32 @@ def test_a_variant_that_fails_costs_no_other_its_answers(tmp_path, monkeypatch) 
             raise RuntimeError("no card")
         return {"answers": ANSWERS, "cached_tokens": 0}
 
+    monkeypatch.setattr(tokens, "NEW_TOKENS", 3)
     monkeypatch.setattr(tokens, "_answers", fails_with_caching)
     tokens.main(tmp_path / "out.jsonl", "CUSTOM", 2, 0)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines] == list(tokens.VARIANTS)
     assert [line.get("why") for line in lines] == [None, *["RuntimeError: no card"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([answer(3, 4, 5), answer(7, 8)], "1 of 2 answers have 3 tokens"),
+        ([answer(3, 4, 5)], "1 of 2 answers have 3 tokens"),
+        ([answer(3, 4, 5), answer(7, 8, 9, gap=float("nan"))], "no finite numbers"),
+    ],
+)
+def test_answers_that_cannot_be_compared_are_a_failure_of_their_backend(
+    tmp_path, monkeypatch, answers, why
+) -> None:
+    """A record holds no NaN: it would end the whole run."""
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(tokens, "NEW_TOKENS", 3)
+    monkeypatch.setattr(tokens, "_answers", lambda *how: {"answers": answers, "cached_tokens": 0})
+    tokens.main(tmp_path / "out.jsonl", "CUSTOM", 2, 0)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all(why in line["why"] and "answers" not in line for line in lines)
 
 
 # the record

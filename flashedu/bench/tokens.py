@@ -28,6 +28,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import random
 import sys
 import tempfile
@@ -238,7 +239,9 @@ def main(out: Path, backend: str, count: int, seed: int) -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 write_model(Path(folder), seed)
-                entry = _answers(folder, backend, prompts(count, seed), options)
+                asked = prompts(count, seed)
+                entry = _answers(folder, backend, asked, options)
+            _check(entry["answers"], len(asked))
         except Exception as error:
             traceback.print_exc()
             entry = {"why": sentence(error)}
@@ -246,6 +249,15 @@ def main(out: Path, backend: str, count: int, seed: int) -> None:
             lines.write(json.dumps({"variant": name, **entry}) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _check(answers: Sequence[Answer], count: int) -> None:
+    """Raises ValueError for answers that cannot be compared."""
+    whole = [len(a["tokens"]) == len(a["top"]) == NEW_TOKENS for a in answers]
+    if len(answers) != count or not all(whole):
+        raise ValueError(f"{sum(whole)} of {count} answers have {NEW_TOKENS} tokens")
+    if not all(math.isfinite(x) for a in answers for top in a["top"] for x in top.values()):
+        raise ValueError("some log-probabilities are no finite numbers")
 
 
 def _answers(
