@@ -16,9 +16,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +261,12 @@ def load_of(recorded: dict[str, Any]) -> Load:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the engines."""
-    packages = ("transformers", "vllm")
-    return {name: version(name) if find_spec(name) else None for name in packages}
+    """Versions of the engines; None where one is not installed."""
+    found: dict[str, Any] = {"transformers": None, "vllm": None}
+    for name in found:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 # the program
