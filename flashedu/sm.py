@@ -101,6 +101,7 @@ class Barrier:
     count: int
     arrived: int = 0
     completed: int = 0  # phases
+    opened: list[float] = field(default_factory=list, repr=False)  # when, in seconds
     waiting: list[_Actor] = field(default_factory=list, repr=False)
 
     def passed(self, parity: int) -> bool:
@@ -324,6 +325,7 @@ class SM:
         if barrier.arrived < barrier.count:
             return
         barrier.arrived, barrier.completed = 0, barrier.completed + 1
+        barrier.opened.append(self.now)
         for actor in [a for a in barrier.waiting if a.wait and barrier.passed(a.wait.parity)]:
             assert actor.wait is not None
             barrier.waiting.remove(actor)

@@ -29,6 +29,7 @@ from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
 from flashedu.pipeline import FLASH2, FLASH3, Kernel, simulate, tflops_per_s
+from flashedu.plots.hopper import Product, Share
 from flashedu.plots.pipeline import Step
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
@@ -36,6 +37,8 @@ from flashedu.serving.load import Lengths, Load, Served, SimulatedClock, serve
 from flashedu.serving.plan import MODELS, plan
 from flashedu.serving.simulate import ContinuousServer, StaticServer
 from flashedu.serving.simulate import Machine as ServingMachine
+from flashedu.sm import SM, TENSOR, Arrive, Ask, Join, fill, full
+from flashedu.sm import Places as SMPlaces
 from flashedu.stages import LADDER, online, reference
 from flashedu.stages.decode_tiles import splits_for
 from flashedu.testing import Error, draw, errors
@@ -463,6 +466,52 @@ def orders() -> Figure:
     totals = np.stack([rng.permutation(shares) for _ in range(1000)]).cumsum(axis=1)[:, -1]
     steps = np.rint((totals - nearest) / np.spacing(np.abs(nearest))).astype(int)
     return plots.orders(steps, "The same 32 numbers, added in 1000 orders")
+
+
+# Hopper
+
+
+@example
+def one_sm() -> Figure:
+    warps = {"consumer 1": 4, "consumer 2": 4, "producer": 1}
+    tiles = [("q", 2**15)] * 2 + [("k", 2**15)] * 2 + [("v", 2**15)] * 2 + [("o", 2**15)]
+    sram = gpu("h100").sram_bytes_per_sm
+    return plots.one_sm(warps, tiles, sram, "One SM of a Hopper GPU")
+
+
+@example
+def warpgroup_product() -> Figure:
+    q_k = Product("s = q kᵀ", "q", "kᵀ", "s", 128, 64)
+    p_v = Product("acc ← acc + p v", "p", "v", "acc", 64, 128, left_in_registers=True)
+    return plots.warpgroup_product([q_k, p_v], "A warp has 16 rows of each product")
+
+
+@example
+def phases() -> Figure:
+    places = SMPlaces("k", 2, 1, 2**15)
+
+    def produce() -> Any:
+        for t in range(4):
+            yield from fill(places, t)
+
+    def consume() -> Any:
+        for t in range(4):
+            used = yield from full(places, t)
+            yield Join((yield Ask(TENSOR, 1e-6, "q k", t, places)))
+            yield Arrive(used)
+
+    timeline = SM().run({"producer": produce(), "consumer 1": consume()})
+    barriers = {b.name: b.opened for b in (*places.full, *places.empty)}
+    return plots.phases(barriers, timeline.seconds, "Phases of two barriers a place")
+
+
+@example
+def register_shares() -> Figure:
+    splits = {}
+    for label, producer, consumer in (("equal shares", 168, 168), ("moved", 24, 240)):
+        shares = [Share(f"consumer {c}", consumer, 160) for c in (1, 2)]
+        splits[label] = [Share("producer", producer), *shares]
+    return plots.register_shares(splits, 65536, "A producer needs few registers")
 
 
 # recorded

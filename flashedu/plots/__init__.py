@@ -6,6 +6,7 @@ block.
 
 from flashedu.plots.cache import idle_memory
 from flashedu.plots.checked import against_published, l2_and_dram, predicted_counted_measured
+from flashedu.plots.hopper import one_sm, phases, register_shares, warpgroup_product
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
 from flashedu.plots.masks import padded_and_packed, runs
 from flashedu.plots.numerics import (
@@ -61,10 +62,13 @@ __all__ = [
     "memory",
     "memory_against_n",
     "model_bars",
+    "one_sm",
     "orders",
     "packed_times",
     "padded_and_packed",
+    "phases",
     "predicted_counted_measured",
+    "register_shares",
     "roofline",
     "running_state",
     "running_sums",
@@ -84,6 +88,7 @@ __all__ = [
     "waiting",
     "waiting_times",
     "walks",
+    "warpgroup_product",
     "waterfall",
     "who_waits",
 ]
