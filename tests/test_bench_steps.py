@@ -16,7 +16,7 @@ if rung("flash2").missing():
     pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
 
 from flashedu.bench import serving, steps
-from flashedu.bench.steps import BY_NAME, STEPS, Step, plan, waterfall_of
+from flashedu.bench.steps import BY_NAME, STEPS, Step, plan, ratios_of, waterfall_of
 from flashedu.bench.variants import changed
 from tests.test_bench import BY_NAME as PEER
 from tests.test_bench import cli_run, toy  # noqa: F401  a fixture
@@ -126,6 +126,16 @@ def test_the_command_records_and_shows_the_steps(capsys, run_on_toy, tmp_path):
     assert [bar.measured for bar in tried[3:]] == [None, None]
     with pytest.raises(ValueError, match="record must have the steps at D 128, N 64, full"):
         waterfall_of(found, D=128, N=64)
+    # as ratios
+    ratios = {r.step.name: r for r in ratios_of(found, D=64, N=64)}
+    assert list(ratios) == ["flash2-128", "flash3", "beside", "one-consumer"]
+    first = ratios["flash2-128"]
+    assert (first.against.name, first.predicted) == ("flash2", 1)
+    assert first.measured == runs["flash2-128"]["times_as_fast_as"]["flash2"][0]
+    assert ratios["one-consumer"].measured is None
+    assert ratios["one-consumer"].why == runs["one-consumer"]["why"]
+    assert ratios["one-consumer"].predicted < 1
+    assert ratios_of(found, D=64, N=64, names=["flash2-128"]) == [first]
     code, out, _ = cli_run(capsys, "show", path, "--png", tmp_path / "f.png")
     assert code == 0
     assert len(list(tmp_path.glob("f_steps_d64_*.png"))) == 2

@@ -40,6 +40,16 @@ def test_places_that_do_not_fit_are_refused():
         plots.one_sm({"a": 4}, [("q", 101)], 100, "title")
 
 
+def test_what_lies_beyond_the_end_is_drawn_to_scale_as_zeros():
+    (ax,) = plots.tile_copy(448, 128, 128, 2, "title").axes
+    heights = [p.get_height() for p in ax.patches if p.get_x() == 0]
+    assert heights == [1, 1, 1, 0.5, 1]  # the last is the tile as it is copied
+    (zeros,) = (p for p in ax.patches if p.get_hatch())
+    assert zeros.get_height() == 0.5
+    with pytest.raises(ValueError, match="block must not divide N"):
+        plots.tile_copy(512, 128, 128, 2, "title")
+
+
 PRODUCTS = [
     Product("s = q kᵀ", "q", "kᵀ", "s", 128, 64),
     Product("acc + p v", "p", "v", "acc", 64, 128, left_in_registers=True),

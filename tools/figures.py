@@ -480,6 +480,11 @@ def one_sm() -> Figure:
 
 
 @example
+def tile_copy() -> Figure:
+    return plots.tile_copy(448, 128, 128, 2, "A copy needs the number of a row, and no address")
+
+
+@example
 def warpgroup_product() -> Figure:
     q_k = Product("s = q kᵀ", "q", "kᵀ", "s", 128, 64)
     p_v = Product("acc ← acc + p v", "p", "v", "acc", 64, 128, left_in_registers=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashedu.bench.record import Record
 from flashedu.bench.run import OnCase, measure, sentence
@@ -351,19 +351,57 @@ def waterfall_of(
     """
     from flashedu.plots.pipeline import Step as Bar
 
+    p, consumers, runs = _found(record, D, causal, N)
+    bars = []
+    for step in plan(p):
+        if step.name in runs and (tried or step.kept or step.against != "flash3"):
+            predicted = tflops_per_s(_model(step, D, consumers), p)
+            bars.append(Bar(step.label, predicted, runs[step.name]["tflops"], step.kept))
+    return bars
+
+
+class Ratio(NamedTuple):
+    """How many times as fast a step is as the one that it is measured against."""
+
+    step: Step
+    against: Step
+    predicted: float
+    measured: float | None  # the median of the rounds' ratios
+    why: str | None  # it was not measured
+
+
+def ratios_of(
+    record: Record, *, D: int = 128, causal: bool = False, N: int = 16384,
+    names: Sequence[str] | None = None,
+) -> list[Ratio]:  # fmt: skip
+    """The steps of those names, all if None, each against another: by the model, and measured.
+
+    Raises ValueError for a size that the record does not have.
+    """
+    p, consumers, runs = _found(record, D, causal, N)
+    found = []
+    for step in plan(p):
+        before = against(step, p)
+        if step.name not in runs or before is None or (names and step.name not in names):
+            continue
+        rates = [tflops_per_s(_model(BY_NAME[x], D, consumers), p) for x in (before, step.name)]
+        run = runs[step.name]
+        measured = run["times_as_fast_as"].get(before, [None])[0]
+        found.append(Ratio(step, BY_NAME[before], rates[1] / rates[0], measured, run["why"]))
+    return found
+
+
+def _found(
+    record: Record, D: int, causal: bool, N: int
+) -> tuple[Problem, int, dict[str, dict[str, Any]]]:
+    """The size, flash3's consumers there, and the runs by step."""
     cases = record.cases("steps", D=D, causal=causal, N=N)
     if not cases:
         sizes = f"D {D}, N {N}, {'causal' if causal else 'full'}"
         raise ValueError(f"record must have the steps at {sizes}, got {record.path.name}")
     case = cases[0]
-    runs = {run["peer"]: run for run in case["runs"]}
     p = Problem(B=case["B"], H=case["H"], Nq=N, D=D, dtype=case["dtype"], causal=causal)
-    bars = []
-    for step in plan(p):
-        if step.name in runs and (tried or step.kept or step.against != "flash3"):
-            predicted = tflops_per_s(_model(step, D, case["consumers"]), p)
-            bars.append(Bar(step.label, predicted, runs[step.name]["tflops"], step.kept))
-    return bars
+    return p, case["consumers"], {run["peer"]: run for run in case["runs"]}
 
 
 def _model(step: Step, D: int, consumers: int) -> Kernel:

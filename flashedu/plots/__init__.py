@@ -6,7 +6,13 @@ block.
 
 from flashedu.plots.cache import idle_memory
 from flashedu.plots.checked import against_published, l2_and_dram, predicted_counted_measured
-from flashedu.plots.hopper import one_sm, phases, register_shares, warpgroup_product
+from flashedu.plots.hopper import (
+    one_sm,
+    phases,
+    register_shares,
+    tile_copy,
+    warpgroup_product,
+)
 from flashedu.plots.machine import hierarchy, roofline, sram_occupancy
 from flashedu.plots.masks import padded_and_packed, runs
 from flashedu.plots.numerics import (
@@ -79,6 +85,7 @@ __all__ = [
     "splits",
     "sram_occupancy",
     "theme",
+    "tile_copy",
     "traffic",
     "traffic_against_sram",
     "traffic_against_tile",

@@ -87,6 +87,61 @@ def _box(
             color=look.text_on(colour))  # fmt: skip
 
 
+def tile_copy(N: int, D: int, block: int, places: int, title: str) -> Figure:
+    """A tensor of N rows in HBM, cut into tiles; its last tile on the way to its place on chip.
+
+    Between them what the TMA knows: the descriptor. What lies beyond the tensor's end comes as 0.
+    Raises ValueError where no tile reaches beyond the end.
+    """
+    tiles, beyond = -(-N // block), -N % block
+    if not beyond:
+        raise ValueError(f"block must not divide N, or nothing lies beyond the end, got {block}")
+    with styled() as look:
+        fig, ax = plt.subplots(figsize=(8, 3.7))
+        unit = 1.0 / block  # a tile is 1 high
+        colour = look.tensor["k"]
+        for tile in range(tiles):
+            height = 1 - (beyond * unit if tile == tiles - 1 else 0)
+            _box(ax, look, 0, tile, 1.6, height, f"tile {tile}", look.hbm)
+        outline = {"fill": False, "edgecolor": look.ink, "linestyle": "--", "linewidth": 1.4}
+        ax.add_patch(Rectangle((0, tiles - 1), 1.6, 1, **outline))
+        ax.text(0.8, -0.15, f"k in HBM: {N} × {D}", ha="center", va="bottom")
+        lines = ("descriptor", "where k begins", f"its shape: {N} × {D}", "its strides, its type",
+                 f"of a tile: {block} × {D}")  # fmt: skip
+        middle = tiles / 2
+        ax.add_patch(Rectangle((2.75, middle - 1.35), 2.5, 2.7, facecolor=look.tints[1],
+                               edgecolor=look.muted, linewidth=1))  # fmt: skip
+        for n, line in enumerate(lines):
+            ax.text(4, middle - 1.0 + 0.5 * n, line, ha="center", va="center",
+                    fontweight="bold" if n == 0 else "normal",
+                    color=look.text_on(look.tints[1]))  # fmt: skip
+        top = middle - places * 1.15 / 2
+        for place in range(places):
+            y, here = top + place * 1.15, place == (tiles - 1) % places
+            ax.add_patch(Rectangle((6.4, y), 1.6, 1, facecolor=look.paper, edgecolor=look.ink,
+                                   linewidth=1.2))  # fmt: skip
+            if here:
+                kept = 1 - beyond * unit
+                _box(ax, look, 6.4, y, 1.6, kept, f"tile {tiles - 1}", colour)
+                ax.add_patch(
+                    Rectangle((6.4, y + kept), 1.6, 1 - kept, facecolor=look.faint, hatch="....",
+                              edgecolor=look.paper, linewidth=0)
+                )  # fmt: skip
+                ax.text(8.1, y + (1 + kept) / 2, "zeros", va="center")
+                arrow = {"arrowstyle": "->", "color": look.ink, "linewidth": 1.4}
+                ax.annotate("", (2.7, middle + 0.6), xytext=(1.65, tiles - 0.5), arrowprops=arrow)
+                ax.annotate("", (6.35, y + 0.5), xytext=(5.3, middle + 0.6), arrowprops=arrow)
+            else:
+                ax.text(7.2, y + 0.5, "a place", ha="center", va="center", color=look.muted)
+        ax.text(7.2, top - 0.15, "shared memory", ha="center", va="bottom")
+        ax.text(4, middle - 1.5, "TMA", ha="center", va="bottom")
+        ax.set_xlim(-0.1, 8.8)
+        ax.set_ylim(tiles + 0.1, -0.6)
+        ax.axis("off")
+        ax.set_title(title)
+    return fig
+
+
 class Product(NamedTuple):
     """left (rows × depth) times right (depth × columns), added to or put into `result`."""
 
