@@ -226,6 +226,26 @@ def test_a_png_loses_its_text_and_keeps_its_pixels() -> None:
     assert np.array_equal(imread(BytesIO(stripped)), imread(BytesIO(buffer.getvalue())))
 
 
+def test_a_figure_in_fewer_colours_differs_only_where_a_colour_is_rare() -> None:
+    figure = Figure(figsize=(3, 2), dpi=110)
+    axes = figure.subplots()
+    axes.bar(range(3), (1, 2, 3), hatch="//", color=("#0072B2", "#E69F00", "#009E73"))
+    axes.imshow(np.linspace(0, 1, 900).reshape(30, 30), extent=(3, 4, 0, 3))
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    smaller = tool.fewer_colours(buffer.getvalue())
+    assert len(smaller) < len(buffer.getvalue()) / 1.5
+    before, after = (255 * imread(BytesIO(x))[..., :3] for x in (buffer.getvalue(), smaller))
+    colours, inverse, counts = np.unique(
+        before.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
+    )
+    rare = counts[inverse.reshape(before.shape[:2])] <= np.sort(counts)[-256]
+    assert len(colours) > 256
+    assert np.array_equal(before[~rare], after[~rare])
+    assert np.abs(before - after).mean() < 0.5  # of 255
+    assert tool.fewer_colours(smaller) == smaller
+
+
 @pytest.mark.parametrize(("stored", "code"), [("2", 0), ("3", 1)], ids=["true", "tampered"])
 def test_nbval_fails_when_a_stored_output_was_changed(
     tmp_path: Path, stored: str, code: int
