@@ -243,7 +243,6 @@ def test_a_figure_in_fewer_colours_differs_only_where_a_colour_is_rare() -> None
     assert len(colours) > 256
     assert np.array_equal(before[~rare], after[~rare])
     assert np.abs(before - after).mean() < 0.5  # of 255
-    assert tool.fewer_colours(smaller) == smaller
 
 
 @pytest.mark.parametrize(("stored", "code"), [("2", 0), ("3", 1)], ids=["true", "tampered"])

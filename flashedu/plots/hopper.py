@@ -103,8 +103,8 @@ def tile_copy(N: int, D: int, block: int, places: int, title: str) -> Figure:
         for tile in range(tiles):
             height = 1 - (beyond * unit if tile == tiles - 1 else 0)
             _box(ax, look, 0, tile, 1.6, height, f"tile {tile}", look.hbm)
-        outline = {"fill": False, "edgecolor": look.ink, "linestyle": "--", "linewidth": 1.4}
-        ax.add_patch(Rectangle((0, tiles - 1), 1.6, 1, **outline))
+        ax.add_patch(Rectangle((0, tiles - 1), 1.6, 1, fill=False, edgecolor=look.ink,
+                               linestyle="--", linewidth=1.4))  # fmt: skip
         ax.text(0.8, -0.15, f"k in HBM: {N} × {D}", ha="center", va="bottom")
         lines = ("descriptor", "where k begins", f"its shape: {N} × {D}", "its strides, its type",
                  f"of a tile: {block} × {D}")  # fmt: skip

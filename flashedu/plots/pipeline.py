@@ -8,7 +8,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from flashedu import sm
 from flashedu.plots.style import Look, headline, styled
@@ -125,8 +125,9 @@ def _draw(ax: Axes, look: Look, row: int, bar: _Bar, start: float, stop: float) 
     work = _work(look)
     colour, hatch = work.get(bar.kind, look.faint), HATCHES.get(bar.kind)
     left, right = max(bar.start, start), min(bar.stop, stop)
-    ax.barh(row, (right - left) * 1e6, left=left * 1e6, height=0.74, color=colour, hatch=hatch,
-            edgecolor=look.paper, linewidth=0.7)  # fmt: skip
+    at, size = (left * 1e6, row - 0.37), (right - left) * 1e6
+    ax.add_patch(Rectangle(at, size, 0.74, facecolor=colour, hatch=hatch, edgecolor=look.paper,
+                           linewidth=0.7))  # fmt: skip
     room = (right - left) / (stop - start) * 440  # points: an axis is about that wide
     if room > 6.5 * len(bar.text) + 3:
         middle = (left + right) / 2 * 1e6
