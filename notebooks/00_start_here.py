@@ -160,6 +160,7 @@ play("online", Problem(Nq=32, D=16, block_q=8, block_k=8))
 # | [10 · Decode](10_decode.ipynb) | with one query the keys are split, the parts merge by the online softmax, and pages hold the cache |
 # | [11 · Transformers](11_transformers.ipynb) | one argument turns it on in a real model, and counted calls prove it |
 # | [12 · Serving](12_serving.ipynb) | a server is fast when many requests share one read of the weights |
+# | [13 · Hopper](13_hopper.ipynb) | warps that do different things keep the tensor cores at work |
 #
 # ## Takeaway
 #

@@ -3,7 +3,7 @@
 #
 # **Claim.** Two kernels, no atomics: each gradient has one owner. P is computed twice for that.
 #
-# Before: [06 · FlashAttention-2](06_flash2.ipynb). Next: 08 · How fast (not written yet).
+# Before: [06 · FlashAttention-2](06_flash2.ipynb). Next: [08 · How fast](08_how_fast.ipynb).
 
 # %%
 import math

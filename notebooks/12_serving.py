@@ -4,7 +4,7 @@
 # **Claim.** A server is fast when many requests share one read of the weights. Attention decides how many fit. We take a well-known
 # case study apart, factor by factor.
 #
-# Before: [11 · Transformers](11_transformers.ipynb). Next: 13 · Hopper.
+# Before: [11 · Transformers](11_transformers.ipynb). Next: [13 · Hopper](13_hopper.ipynb).
 
 # %%
 import math
@@ -367,7 +367,7 @@ if has_triton:
 # **One read of the weights serves the whole batch, so throughput is batch. Flash attention and pages make room for a batch, and
 # continuous batching keeps it full. Of the case study's factor, attention's own speed is the smallest part.**
 # What is still slow: the kernel itself. On this generation of GPUs it can be half as fast again, with warps that do different
-# things. That is chapter 13, still to be written.
+# things. That is [chapter 13](13_hopper.ipynb).
 #
 # ## Exercises
 #

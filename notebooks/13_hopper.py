@@ -799,9 +799,11 @@ table(
 #
 # $$s^\top = k\,q^\top \qquad dp^\top = v\,do^\top \qquad dv \mathrel{+}= p^\top do \qquad dk \mathrel{+}= ds^\top q \qquad dq_i \mathrel{+}= ds\;k$$
 #
-# Five products. The last one is the difficulty: every key tile has a share of every dq, and no program owns it. The shares are
+# Five products. As in the forward, one warp loads, and while products of this query tile run, the consumers do the arithmetic of the
+# next. The last product is the difficulty: every key tile has a share of every dq, and no program owns it. The shares are
 # added up in HBM, in float32. Here the TMA helps again: it does not only copy tiles, it can have them *added* to what lies in
-# memory. The L2 cache does the addition, and no thread waits for it. This is all of it:
+# memory. The L2 cache does the addition, and no thread waits for the sum, only until the TMA has read the tile before. This is all
+# of it:
 
 # %%
 source(flash3_backward._add.fn)
@@ -908,7 +910,7 @@ table(rows_beside("sdpa-cudnn"))
 
 # %%
 peers = {run["peer"] for case in measured.cases("speed") for run in case["runs"]}
-table(rows_beside("flash-attn-4")) if "flash-attn-4" in peers else "it was not"
+table(rows_beside("fa4")) if "fa4" in peers else "it was not"
 
 # %%
 held = [

@@ -324,7 +324,7 @@ def _masked(s_ji, i, j, Nq, Nk, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _add(x, X, at, place):
-    """Have x added to a tile of X, as soon as the TMA has read what was there before."""
+    """Have x added to a tile of X, as soon as the TMA has read what was in place."""
     tma.store_wait(0)
     place.reshape(x.shape).store(x)
     fence_async_shared()
