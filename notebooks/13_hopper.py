@@ -186,7 +186,7 @@ fig = plots.who_waits(
     {"one group": fast, "two groups": eight_warps},
     "Two groups hide each other's softmax, but they meet at every tile",
     start_s=5e-6,
-    stop_s=10e-6,
+    stop_s=8e-6,
 )
 
 # %% [markdown]
@@ -433,7 +433,7 @@ fig = plots.who_waits(
     {"8 warps in turn": eight_warps, "a producer, two consumers": two},
     "Nobody meets: the tensor cores hardly rest",
     start_s=20e-6,
-    stop_s=24e-6,
+    stop_s=23e-6,
 )
 
 # %% [markdown]
@@ -486,8 +486,8 @@ my_prediction_128, my_prediction_64 = "no", "no"
 # %%
 def a_key_tile(kernel, rates=H100):
     """Microseconds that it takes for 64 queries, beside all that comes once."""
-    long, short = (simulate(kernel, [n], rates).seconds for n in (96, 32))
-    return (long - short) / 64 * 1e6 / kernel.block_q * 64
+    long, short = (simulate(kernel, [n], rates).seconds for n in (64, 32))
+    return (long - short) / 32 * 1e6 / kernel.block_q * 64
 
 
 print(f"you said {my_prediction_128} and {my_prediction_64}")
@@ -568,7 +568,7 @@ fig = plots.who_waits(
     },
     "Overlap holds a place longer, and then waits for tiles",
     start_s=20e-6,
-    stop_s=24e-6,
+    stop_s=23e-6,
 )
 
 # %% [markdown]
@@ -599,8 +599,8 @@ fig = plots.who_waits(
         "two places for q": simulate(FLASH3, [8, 8]),
     },
     "A program that stays: from one query tile to the next",
-    start_s=9e-6,
-    stop_s=14e-6,
+    start_s=10e-6,
+    stop_s=13e-6,
 )
 
 # %% [markdown]

@@ -82,9 +82,9 @@ def _box(
     ax: Axes, look: Look, x: float, y: float, width: float, height: float, text: str, colour: Any
 ) -> None:
     ax.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=look.paper,
-                           linewidth=0.8))  # fmt: skip
+                           linewidth=0.8, in_layout=False))  # fmt: skip
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9.5,
-            color=look.text_on(colour))  # fmt: skip
+            color=look.text_on(colour), in_layout=False)  # fmt: skip
 
 
 def tile_copy(N: int, D: int, block: int, places: int, title: str) -> Figure:

@@ -126,13 +126,14 @@ def _draw(ax: Axes, look: Look, row: int, bar: _Bar, start: float, stop: float) 
     colour, hatch = work.get(bar.kind, look.faint), HATCHES.get(bar.kind)
     left, right = max(bar.start, start), min(bar.stop, stop)
     at, size = (left * 1e6, row - 0.37), (right - left) * 1e6
+    # Bars and texts lie within the axes: a layout that measured each would take twice as long.
     ax.add_patch(Rectangle(at, size, 0.74, facecolor=colour, hatch=hatch, edgecolor=look.paper,
-                           linewidth=0.7))  # fmt: skip
+                           linewidth=0.7, in_layout=False))  # fmt: skip
     room = (right - left) / (stop - start) * 440  # points: an axis is about that wide
     if room > 6.5 * len(bar.text) + 3:
         middle = (left + right) / 2 * 1e6
         ax.text(middle, row, bar.text, ha="center", va="center_baseline", fontsize=9,
-                color=look.text_on(colour))  # fmt: skip
+                color=look.text_on(colour), in_layout=False)  # fmt: skip
     return {bar.kind: Patch(facecolor=colour, hatch=hatch, edgecolor=look.paper, linewidth=0)}
 
 
