@@ -12,7 +12,7 @@ from flashedu.bench.run import spread, summary
 
 RATE = {"flash2": 520, "flash3": 640, "flash1": 230, "standard": 60, "sdpa-flash": 330,
         "sdpa-cudnn": 590, "sdpa-efficient": 170, "flex": 380, "fa4": 650,
-        "sdpa-math": 40}  # fmt: skip
+        "sdpa-math": 40, "flash3-det": 520}  # fmt: skip
 RATE |= {"varlen": 430, "padded": 150, "padded-flash2": 180, "padded-mask": 90, "unmasked": 150,
          "one-by-one": 280, "torch-varlen": 320, "hf-flashedu": 410, "hf-sdpa": 400,
          "hf-eager": 90}  # fmt: skip

@@ -134,6 +134,9 @@ def test_the_plan_has_the_shapes_of_the_table():
     speed = plan(Choice(), ("speed",))
     backward = {peer for case in speed if case.pass_ == "bwd" for peer in case.peers}
     assert set(USUAL) - backward == {"flash1"}
+    asked = plan(Choice(peers=("flash3", "flash3-det")), ("speed",))
+    assert {case.peers for case in asked if case.pass_ == "fwd"} == {("flash3",)}
+    assert {case.peers for case in asked if case.pass_ == "bwd"} == {("flash3", "flash3-det")}
     assert len(speed) == 2 * 4 * 2 * 2
     for case in speed:
         p = case.problem
@@ -542,7 +545,7 @@ def test_the_known_names_are_those_of_the_package():
     assert cli.bench.BENCH_PEERS.split(", ") == list(cases.PEERS) == [peer.name for peer in PEERS]
     assert cli.bench.BENCH_PASSES.split(", ") == list(cases.PASSES)
     assert set(cli.bench.GPU_DTYPES.split(", ")) == set(rung("flash2").dtypes)
-    assert set(USUAL) == set(cases.DRAWN) - {"sdpa-math", "decode", "copy"}
+    assert set(USUAL) == set(cases.DRAWN) - {"sdpa-math", "flash3-det", "decode", "copy"}
 
 
 # tune

@@ -22,6 +22,7 @@ PEERS = {  # name → as a reader knows it
     "flex": "Flex",
     "fa4": "FA4",
     "sdpa-math": "SDPA math",
+    "flash3-det": "flash3 det.",  # deterministic
     "decode": "decode",
     "copy": "copy",
     "paged-16": "paged 16",
@@ -39,9 +40,10 @@ PEERS = {  # name → as a reader knows it
     "hf-eager": "eager",
 }
 AT_SPEED = ("flash2", "flash3", "flash1", "standard", "sdpa-flash", "sdpa-cudnn",
-            "sdpa-efficient", "flex", "fa4", "sdpa-math")  # fmt: skip
+            "sdpa-efficient", "flex", "fa4", "sdpa-math", "flash3-det")  # fmt: skip
 FORWARD_ONLY = {r.name for r in RUNGS if not r.backward}
-USUAL = tuple(name for name in AT_SPEED if name != "sdpa-math")
+BACKWARD_ONLY = {"flash3-det"}  # its forward is flash3's
+USUAL = tuple(name for name in AT_SPEED if name not in ("sdpa-math", "flash3-det"))
 DRAWN = (*AT_SPEED, "decode", "copy")  # in figures
 HIDDEN = 2048  # H · D
 PASSES = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
@@ -193,7 +195,8 @@ def _speed(choice: Choice) -> Iterator[Case]:
             for n in choice.n:
                 for pass_ in choice.passes:
                     peers = AT_SPEED if choice.peers else USUAL
-                    peers = tuple(x for x in peers if x not in FORWARD_ONLY or pass_ == "fwd")
+                    other = BACKWARD_ONLY if pass_ == "fwd" else FORWARD_ONLY
+                    peers = tuple(name for name in peers if name not in other)
                     yield Case("speed", shape(choice, n, d, causal), pass_, peers)
 
 

@@ -62,12 +62,14 @@ class ModelPeer:
 AnyPeer = Peer | ModelPeer
 
 
-def _stage(name: str) -> Peer:
+def _stage(name: str, called: str | None = None, **options: Any) -> Peer:
+    """A stage with these options, as a peer of the same name unless it is `called` otherwise."""
+
     def prepare(p: Problem, device: str) -> Attention:
         attention = rung(name).load().attention
-        return lambda q, k, v: attention(q, k, v, causal=p.causal)
+        return lambda q, k, v: attention(q, k, v, causal=p.causal, **options)
 
-    return Peer(name, prepare, backward=rung(name).backward)
+    return Peer(called or name, prepare, backward=rung(name).backward)
 
 
 def _standard(p: Problem, device: str) -> Attention:
@@ -285,6 +287,7 @@ ATTENTIONS = (
     Peer("flex", _flex),
     Peer("fa4", _fa4, layout=_heads_third),
     Peer("sdpa-math", _sdpa, around=_by(SDPBackend.MATH)),
+    _stage("flash3", "flash3-det", deterministic=True),
     _stage("decode"),
     Peer("copy", _copy, backward=False, attends=False),
     *(_paged(page_size) for page_size in (16, 64, 256)),

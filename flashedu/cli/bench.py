@@ -34,8 +34,9 @@ BENCH_SECTIONS = (
 )
 BENCH_PEERS = (
     "flash2, flash3, flash1, standard, sdpa-flash, sdpa-cudnn, sdpa-efficient, flex, fa4, "
-    "sdpa-math, decode, copy, paged-16, paged-64, paged-256, varlen, padded, padded-flash2, "
-    "padded-mask, unmasked, one-by-one, torch-varlen, hf-flashedu, hf-sdpa, hf-eager"
+    "sdpa-math, flash3-det, decode, copy, paged-16, paged-64, paged-256, varlen, padded, "
+    "padded-flash2, padded-mask, unmasked, one-by-one, torch-varlen, hf-flashedu, hf-sdpa, "
+    "hf-eager"
 )
 BENCH_PASSES = "fwd, bwd, both"
 GPU_DTYPES = "bfloat16, float16, float32"

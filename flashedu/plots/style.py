@@ -27,6 +27,7 @@ PEER_LINE = {
     "decode": ("d", "-."),
     "flash2": ("D", "-"),
     "flash3": ("h", ":"),
+    "flash3-det": ("H", ":"),
     "flash1": ("s", "--"),
     "sdpa-cudnn": ("^", "-"),
     "sdpa-flash": ("o", "--"),
@@ -116,7 +117,7 @@ LIGHT = Look(
         "decode": "#868686",
         "flash3": "#2E2E2E",
     },
-    peer={  # ours are black
+    peer={  # ours are black, but for one
         "decode": "#111111",
         "flash2": "#111111",
         "flash3": "#111111",
@@ -125,6 +126,7 @@ LIGHT = Look(
         "sdpa-flash": "#5A5A5A",
         "flex": "#8C8C8C",
         "fa4": "#5A5A5A",
+        "flash3-det": "#8C8C8C",
         "sdpa-efficient": "#8C8C8C",
         "sdpa-math": "#B4B4B4",
         "standard": "#B4B4B4",
@@ -184,6 +186,7 @@ DARK = Look(
         "sdpa-flash": "#BEBEBE",
         "flex": "#909090",
         "fa4": "#BEBEBE",
+        "flash3-det": "#909090",
         "sdpa-efficient": "#909090",
         "sdpa-math": "#6A6A6A",
         "standard": "#6A6A6A",
