@@ -114,7 +114,7 @@ class Kernel:
 
 
 FLASH2 = Kernel(specialised=False)  # with 8 warps and tiles of 128 × 128
-FLASH3 = Kernel(q_places=2, persistent=True, order="pairs")
+FLASH3 = Kernel(persistent=True, order="pairs")
 
 
 class Program:

@@ -43,7 +43,7 @@ def test_a_change_that_finds_no_words_says_which():
 def test_its_module_is_imported(step):
     module = steps.module_of(step)
     assert module.__name__.startswith("mutant_" if step.changes else "flashedu.stages.")
-    constants = {"one-stage": (2, 1), "persistent": (1, 2), "roles": (1, 1)}
+    constants = {"one-stage": (1, 1), "two-q": (2, 2), "roles": (1, 1)}
     if step.name in constants:
         assert (module.Q_TILES.value, module.STAGES.value) == constants[step.name]
 
@@ -109,7 +109,7 @@ def test_the_command_records_and_shows_the_steps(capsys, run_on_toy, tmp_path):
     assert runs["one-consumer"]["why"].endswith("it took more than 1 s")
     assert runs["flash2-128"]["times_as_fast_as"].keys() == {"standard", "flash2"}
     assert runs["flash2"]["tflops"] == 4 * 64 * 64 * 64 / 4e12
-    assert runs["flash3"]["against"] == "persistent"
+    assert runs["flash3"]["against"] == "products"
     assert "softmax beside p v at N 64: wrong: o differs" in " ".join(out.split())
     recorded = {step["name"]: step for step in found.data["steps"]}
     assert recorded["flash3"]["changes"] == []

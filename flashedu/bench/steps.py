@@ -56,7 +56,7 @@ IN_ORDER: Changes = (*NO_PAIRS, (f"    if PAIRS:\n{_pair}", ""))
 NOT_PERSISTENT: Changes = (
     ("(min(pieces, triton_mode.sm_count(q.device)),)", "(pieces,)"),
 )  # fmt: skip
-ONE_Q: Changes = (("Q_TILES = gl.constexpr(2)", "Q_TILES = gl.constexpr(1)"),)
+TWO_Q: Changes = (("Q_TILES = gl.constexpr(1)", "Q_TILES = gl.constexpr(2)"),)
 KEYS_64: Changes = (("BLOCK_K = gl.constexpr(128)", "BLOCK_K = gl.constexpr(64)"),)
 FOUR_STAGES: Changes = (("STAGES = gl.constexpr(2)", "STAGES = gl.constexpr(4)"),)
 NO_SKIP: Changes = (
@@ -141,7 +141,7 @@ class Step:
 
 
 ROLES = Kernel(stages=1)
-_roles = (*NOT_PERSISTENT, *ONE_Q)
+_roles = NOT_PERSISTENT
 STEPS = (
     Step("flash2", "flash2, its own tiles",
          "Every warp loads, multiplies and takes exponentials in turn; the tiles that "
@@ -165,13 +165,9 @@ STEPS = (
     Step("longest", "longest first",
          "Of a head, the query tiles that see the most keys come first.", "products",
          (*_roles, *LONGEST), kept=True, causal=(True,), kernel=Kernel(order="longest")),
-    Step("persistent", "programs stay",
+    Step("flash3", "flash3: programs stay",
          "One program for each SM takes query tiles until none is left; causal, in pairs that see "
-         "about as many keys.", "longest", ONE_Q, kept=True,
-         kernel=FLASH3.replace(q_places=1)),
-    Step("flash3", "flash3: 2 places for q",
-         "The next query tile is loaded while this one is computed: flash3 as it stands.",
-         "persistent", kept=True),
+         "about as many keys: flash3 as it stands.", "longest", kept=True),
     # what was tried: flash3 with one change
     Step("one-stage", "one stage", "One place for tiles of k, and one for v.", changes=ONE_STAGE,
          kernel=FLASH3.replace(stages=1)),
@@ -193,6 +189,8 @@ STEPS = (
          kernel=FLASH3.replace(consumers=2)),
     Step("three-consumers", "three consumers", "192 queries a tile.", changes=_consumers(3),
          D=(64,), kernel=FLASH3.replace(consumers=3)),
+    Step("two-q", "two places for q", "The next query tile is loaded while this one is computed.",
+         changes=TWO_Q, kernel=FLASH3.replace(q_places=2)),
     Step("not-persistent", "a program a piece",
          "As many programs as pieces of work; each ends with its own.", changes=NOT_PERSISTENT,
          kernel=FLASH3.replace(persistent=False)),
