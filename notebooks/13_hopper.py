@@ -66,8 +66,9 @@ for peer in ("flash2", "sdpa-cudnn"):
     print(f"{peer}: {rates[peer]:.0f}")
 
 # %% [markdown]
-# Both move the same bytes and do the same arithmetic. So what does `flash2` lack? It is not a better algorithm. It is time in
-# which the tensor cores have nothing to do.
+# Both move the same bytes and do the same arithmetic. So what does `flash2` lack? It is not a better algorithm. It is
+# time in which the tensor cores have nothing to do. cuDNN's kernel fills it, with what only cards of the generation **Hopper** have:
+# the H100 and the H200.
 #
 # ## Four units
 #
@@ -764,7 +765,7 @@ print(f"measured {r.measured:.2f}" if r.measured else f"not measured: {r.why}")
 # Three times the model is wrong:
 #
 # - *One stage*: × 0.56 predicted, × 0.83 measured. The model gives an SM a 132nd of the L2 cache's rate, also while the others load
-#   nothing. On the card such a load is faster.
+#   nothing. On the card a load may then be faster.
 # - *64 keys, four stages*: the model sees no difference, the card loses 13%. Twice as many tiles are twice as many barriers, rescalings
 #   and turns of the loop. The model takes no time for the first and the last.
 # - *Two places for q*: the model promises 1 to 4%. On the card nothing is gained with the mask, and 7% is lost without one.
@@ -956,8 +957,8 @@ title = "At D = 128 flash3 is level with cuDNN or ahead; FA4 leads the backward"
 fig = plots.speed(measured, 128, title)
 
 # %% [markdown]
-# *Figure 15. TFLOP/s; higher is better. Before it was timed, each result was held against float64. (Some rounds of
-# the backward at N = 1024 were disturbed: the long bars.)*
+# *Figure 15. TFLOP/s; higher is better. FA4 is FlashAttention-4, "det." is deterministic. Before it was timed, each result
+# was held against float64. (Some rounds of the backward at N = 1024 were disturbed: the long bars.)*
 #
 # How many times as fast as `flash2` is it, and as cuDNN? Predict for a forward without a mask, D = 128, N = 16,384:
 

@@ -16,7 +16,10 @@ def test_the_ladder_table_and_the_pictures_are_those_of_the_code():
     assert readme.stale() == []
 
 
-@pytest.mark.parametrize(("name", "begin"), [("ladder", "| `naive`"), ("counters", "| 128 |")])
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [("ladder", "| `naive`"), ("counters", "| 128 |"), ("speed", "| forward, full")],
+)
 def test_a_changed_table_is_found(monkeypatch, tmp_path, name, begin):
     copy = tmp_path / "README.md"
     text = readme.README.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ python tools/readme.py --check    exit 1, with a sentence, if one is stale
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from functools import cache
@@ -22,6 +23,7 @@ from PIL import Image
 
 from flashedu import ladder, plots
 from flashedu.bench import show
+from flashedu.bench.cases import MASKS, PASSES, PEERS
 from flashedu.bench.record import latest
 from flashedu.memory import Machine, Problem, cost, gpu
 from flashedu.player.film import Film, record
@@ -98,7 +100,23 @@ def counters() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"ladder": table, "counters": counters}
+def speed() -> str:
+    """flash3 beside others, from the newest record of an H100, and when it was taken."""
+    recorded = latest("speed", card="H100")
+    peers = [name for name in PEERS if name in ("flash2", "flash3", "sdpa-cudnn", "fa4")]
+    lines = [
+        f"| TFLOP/s | {' | '.join(PEERS[name] for name in peers)} |",
+        "| --- |" + 4 * " ---: |",
+    ]
+    for of, causal in itertools.product(("fwd", "bwd"), (False, True)):
+        (case,) = recorded.cases("speed", D=128, N=16384, causal=causal, **{"pass": of})
+        rates = {run["peer"]: f"{run['tflops']:.0f}" for run in case["runs"]}
+        cells = [f"{PASSES[of]}, {MASKS[causal]}", *(rates[name] for name in peers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nD = 128, N = 16,384, bfloat16; {recorded.label}.\n"
+
+
+TABLES = {"ladder": table, "counters": counters, "speed": speed}
 
 
 def with_table(readme: str, name: str, new: str) -> str:
