@@ -418,8 +418,7 @@ fig = plots.register_shares(
 # *Figure 8. The registers of an SM, to scale. With equal shares a consumer's tiles fill what it has, and the rest
 # spills to memory.*
 #
-# A prototype with equal shares reached 436 TFLOP/s where the same with reallocation reached 655 (H200, 2026-11-22). Three
-# consumers do not fit at D = 128.
+# With equal shares `flash3` loses a fifth of its speed at N = 4096 (recorded, below). Three consumers do not fit at D = 128.
 #
 # ### What it is worth
 #
@@ -507,7 +506,7 @@ table(
 # %% [markdown]
 # At D = 128 two consumers keep the tensor cores busy, and a third has nothing to add. At D = 64 the products are
 # half as long, and the exponentials are not: then three hide more than two, and they fit. `flash3` has two and three
-# (`consumers_for`).
+# (`consumers_for`; with a causal mask and a short sequence it has two at D = 64 as well, as 192 queries are then too coarse a tile).
 #
 # And places? Each takes 32 KiB for k and 32 for v:
 
@@ -758,6 +757,9 @@ print(f"measured {r.measured:.2f}" if r.measured else f"not measured: {r.why}")
 # None of them is faster than what `flash3` does. One consumer, one stage, equal registers, smaller tiles of keys, no pairs and a
 # program for each piece lose, the last by 8% at N = 1024. To compute key tiles that a consumer could skip costs nothing here. One
 # product at a time costs 2 to 5%: hardly shown.
+#
+# Equal registers cost `flash3` 14% at N = 1024, where the step to reallocated ones gained nothing. What a step is worth depends
+# on those that are there already.
 #
 # **Softmax beside p v**, the overlap of FlashAttention-3, does not gain here. It costs 5 to 7%. The model said so, and why: it
 # holds a place of v longer, and two places are all there is room for.

@@ -24,13 +24,13 @@ from PIL import Image
 
 from flashedu import ladder, plots
 from flashedu.bench import published, record, show
+from flashedu.bench.steps import waterfall_of
 from flashedu.integrations.transformers import runs_of
 from flashedu.memory import Event, Machine, Problem, cost, gpu
 from flashedu.numerics import FORMATS, round_to
 from flashedu.pages import idle_in_contiguous, idle_in_pages
-from flashedu.pipeline import FLASH2, FLASH3, Kernel, simulate, tflops_per_s
+from flashedu.pipeline import FLASH2, Kernel, simulate
 from flashedu.plots.hopper import Product, Share
-from flashedu.plots.pipeline import Step
 from flashedu.plots.style import THEMES, Look
 from flashedu.schedule import assign, finish_times
 from flashedu.serving.load import Lengths, Load, Served, SimulatedClock, serve
@@ -262,18 +262,8 @@ def who_waits() -> Figure:
 
 @example
 def waterfall() -> Figure:
-    long = Problem(Nq=4096, B=4, H=16, D=128, causal=True)
-    # Measured on an H100 80GB, torch 2.11, triton 3.6, 2026-11-25, once, and not on record.
-    kernels = {
-        "8 warps in turn": (FLASH2, None, True),
-        "a producer, two consumers": (Kernel(order="longest"), 566, True),
-        "ping-pong": (Kernel(order="longest", ping_pong=True), None, False),
-        "pairs of query tiles": (Kernel(order="pairs"), 610, True),
-        "a program stays": (Kernel(order="pairs", persistent=True), 632, True),
-        "two places for q": (FLASH3, 631, True),
-    }
-    steps = [Step(label, tflops_per_s(kernel, long), measured, kept)
-             for label, (kernel, measured, kept) in kernels.items()]  # fmt: skip
+    recorded = record.latest(kind="steps", card="H100")
+    steps = waterfall_of(recorded, D=128, causal=True, N=4096)
     return plots.waterfall(steps, "Causal, N = 4096, D = 128")
 
 
