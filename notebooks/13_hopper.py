@@ -820,7 +820,8 @@ print(f"compiled: {found.registers} registers, {found.spilled_bytes} bytes spill
 flash3_rows = [
     found
     for found in compiled.from_record(record("compiled_triton3.7.1"))
-    if (found.case.stage, found.case.D) == ("flash3", 128) and not found.case.causal
+    if (found.case.stage, found.kernel) == ("flash3", "forward_kernel")
+    and (found.case.D, found.case.causal) == (128, False)
 ]
 print(f"predicted {FLASH3.sram_bytes / 1024:.0f} KiB")
 columns = "D, tile, threads, registers, spilled, shared memory, matrix instruction"

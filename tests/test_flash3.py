@@ -1,27 +1,18 @@
-"""The Hopper rung, on a machine without one: it compiles for sm_90, and says what it needs.
+"""The Hopper rung, on a machine without one: who takes it, what it says, how PyTorch calls it.
 
-What it computes is checked on a card, by tests/test_gpu.py.
+tests/test_flash3_compiled.py has its kernels. What they compute is checked on a card, by
+tests/test_gpu.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import flashedu
-from flashedu.memory import GPUS, UNCOUNTED, Machine, Problem
-from flashedu.notebook import record
+from flashedu.memory import UNCOUNTED, Machine, Problem
 from flashedu.stages import Rung, contract, dispatch, online, rung
 from flashedu.testing import draw
 from tests.contract import Subject, claims
@@ -29,92 +20,7 @@ from tests.contract import Subject, claims
 if rung("flash2").missing():
     pytest.skip("needs Triton, which exists for Linux only", allow_module_level=True)
 
-from flashedu.bench import compiled
-
 REGISTERS, THREADS_OF_A_WARPGROUP = 64 * 2**10, 128  # of an SM
-SRAM_BYTES = {card.sram_bytes_per_program for card in GPUS if card.compute_capability == (9, 0)}
-CASES = [(64, True, 4096), (64, False, 1024), (128, True, 1024)]  # D, causal, N
-SPILLED = {(64, False): 56}  # bytes; each once a query tile, none in a loop over keys
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What the compiler and ptxas tell of each case: see `compile_in_this_process`."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests import test_flash3 as t; t.compile_in_this_process()"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "0",
-             "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def compile_in_this_process() -> None:
-    """Print, for each case, the PTX, what ptxas says of it, and the record's row, as JSON."""
-    launches = [
-        launch
-        for D, causal, N in CASES
-        for launch in compiled._launches(
-            compiled.Case("flash3", (9, 0), D, "float16", causal=causal, N=N)
-        )
-    ]
-    with ThreadPoolExecutor(2) as pool:  # the compiler leaves Python's lock
-        print(json.dumps(list(pool.map(_what_is_made_of, launches))))
-
-
-def _what_is_made_of(launch: Any) -> dict[str, Any]:
-    from triton import knobs
-
-    made = compiled._made(launch)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(made.asm["ptx"], encoding="utf-8")
-        told = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o", f"{ptx}.cubin"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    row = compiled._row(compiled._compile(launch))
-    return {"ptx": made.asm["ptx"], "ptxas": told.stdout + told.stderr, "row": row}
-
-
-def test_it_uses_what_hopper_has_of_its_own(kernels: list[dict]) -> None:
-    for found in kernels:
-        for instruction in (
-            "wgmma.mma_async.sync.aligned", "cp.async.bulk.tensor.4d.shared",
-            "cp.async.bulk.tensor.4d.global", "mbarrier.try_wait",
-            "setmaxnreg.inc", "setmaxnreg.dec",
-        ):  # fmt: skip
-            assert instruction in found["ptx"], (found["row"], instruction)
-
-
-def test_products_run_while_warps_go_on(kernels: list[dict]) -> None:
-    """ptxas warns (C7510 to C7515) where it must wait for each wgmma at once."""
-    for found in kernels:
-        assert not re.findall(r"C75\d\d", found["ptxas"]), found["ptxas"]
-
-
-def test_what_is_in_use_in_the_loops_stays_in_registers(kernels: list[dict]) -> None:
-    for found in kernels:
-        (stack,) = re.findall(r"(\d+) bytes stack frame", found["ptxas"])
-        row = found["row"]
-        assert int(stack) <= SPILLED.get((row["D"], row["causal"]), 0), row
-
-
-def test_it_fits_the_shared_memory_and_registers_of_an_sm(kernels: list[dict]) -> None:
-    for found in kernels:
-        row = found["row"]
-        assert row["sram_bytes"] <= min(SRAM_BYTES)
-        assert row["registers"] * 32 * row["warps"] <= REGISTERS
-
-
-def test_the_record_is_what_is_compiled_now(kernels: list[dict]) -> None:
-    if version("triton") != "3.7.1":
-        pytest.skip("the record was made by triton 3.7.1")
-    recorded = record("compiled_triton3.7.1")["rows"]
-    for found in kernels:
-        assert found["row"] in recorded, "python -m flashedu.bench.compiled --write --stage flash3"
 
 
 def test_consumers_and_the_producer_share_the_registers_that_an_sm_has() -> None:

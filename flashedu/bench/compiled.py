@@ -3,11 +3,11 @@
     python -m flashedu.bench.compiled [--gpu h200]    the kernels for this card, as a table
     python -m flashedu.bench.compiled --write         for all cards, as JSON in benchmarks/results/:
                                                       some ten minutes
-    … --write --stage flash3                          this stage; the record keeps the other rows
+    … --write --stage flash3 flash3-det               these; the record keeps the other rows
 
 A stage launches its kernels as ever, on arrays without memory (torch's "meta" device). Triton's
 hook takes each launch before it happens, with its arguments, alignments and tile, and the kernel is
-compiled for the card in question.
+compiled for the card in question. flash3-det is flash3's backward with deterministic=True.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def cases(
     for stage, capability, D, dtype, causal in itertools.product(
         LAUNCHES, tuple(capabilities), tuple(head_sizes), tuple(dtypes), tuple(masks)
     ):
-        if stage == "flash3" and not (capability == (9, 0) and dtype == "float16" and D <= 128):
+        for_hopper = capability == (9, 0) and dtype == "float16" and D <= 128
+        if stage.startswith("flash3") and not for_hopper:
             continue
         every = [Case(stage, capability, D, dtype, causal, N) for N in LENGTHS]
         shortest = {_tiles(case): case.N for case in reversed(every)}
@@ -111,10 +112,13 @@ def cases(
 
 
 def _tiles(case: Case) -> Any:
-    if case.stage == "flash3":
-        from flashedu.stages import flash3, hopper
+    if case.stage.startswith("flash3"):
+        from flashedu.stages import flash3, flash3_backward, hopper
 
-        return flash3.consumers_for(hopper.columns(case.D), case.causal, case.N)
+        columns = hopper.columns(case.D)
+        if case.stage == "flash3-det":
+            return flash3_backward.TILES[columns]
+        return flash3.consumers_for(columns, case.causal, case.N)
     from flashedu.stages.flash2_tiles import tiles_for
 
     item = ITEM_BYTES[case.dtype]
@@ -274,7 +278,17 @@ def _launch_paged_varlen(q: Any, problem: Problem, tiles: Any) -> None:
 def _launch_flash3(q: Any, problem: Problem, tiles: Any) -> None:
     from flashedu.stages import flash3
 
-    flash3.forward(q, q, q, problem, 1.0)
+    o, lse = flash3.forward(q, q, q, problem, 1.0)
+    flash3.backward(q, q, q, o, lse, o, problem, 1.0)
+
+
+def _launch_flash3_deterministic(q: Any, problem: Problem, tiles: Any) -> None:
+    import torch
+
+    from flashedu.stages import flash3
+
+    o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    flash3.backward(q, q, q, o, lse, o, problem, 1.0, deterministic=True)
 
 
 # stage → what launches all its kernels; q is also k and v
@@ -286,6 +300,7 @@ LAUNCHES: dict[str, Callable[[Any, Problem, Any], None]] = {
     "paged": _launch_paged,
     "paged_varlen": _launch_paged_varlen,
     "flash3": _launch_flash3,
+    "flash3-det": _launch_flash3_deterministic,
 }
 
 
@@ -415,12 +430,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _write(stage: str | None) -> Path:
+def _write(stages: Sequence[str] | None) -> Path:
     path = RESULTS / f"compiled_triton{version('triton')}.json"
-    found = compile_all([case for case in recorded_cases() if stage in (None, case.stage)])
-    if stage is not None:
+    wanted = [case for case in recorded_cases() if stages is None or case.stage in stages]
+    found = compile_all(wanted)
+    if stages is not None:
         others = from_record(json.loads(path.read_text(encoding="utf-8")))
-        found = [one for one in others if one.case.stage != stage] + found
+        found = [one for one in others if one.case.stage not in stages] + found
     record = {
         "what": "kernels, compiled without a GPU",
         "date": datetime.date.today().isoformat(),
@@ -447,7 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser("python -m flashedu.bench.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="h200", help="the card, as `flashedu ladder --gpu`")
     parser.add_argument("--write", action="store_true", help="record all cards")
-    parser.add_argument("--stage", choices=LAUNCHES, help="with --write: this stage's rows only")
+    only = "with --write: the rows of these only"
+    parser.add_argument("--stage", choices=LAUNCHES, nargs="+", help=only)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:

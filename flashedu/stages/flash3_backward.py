@@ -543,17 +543,13 @@ def round_kernel(DQ_SUM, DQ, scale, H, Nq, BLOCK_Q: tl.constexpr):
 # launches
 
 
+@triton_mode.on_its_card
 def backward(q, k, v, o, lse, do, problem, scale, deterministic=False, dlse=None, tile=None):
     """dq, dk, dv from do (B, H, Nq, D) and dlse (B, H, Nq), the gradient of lse or None.
 
     scale: 1e-30 or more. deterministic: dq too is the same, to the bit, in every run, as dk and dv
     always are. tile: a `Tile`; None takes that of TILES.
     """
-    with torch.cuda.device_of(q):
-        return _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile)
-
-
-def _backward(q, k, v, o, lse, do, problem, scale, deterministic, dlse, tile):
     (B, H, Nq, D), (_, H_kv, Nk, _) = q.shape, k.shape
     if 0 in (B, Nq, Nk):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

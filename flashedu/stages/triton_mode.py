@@ -67,10 +67,10 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def wrapper(x: torch.Tensor, *rest: Any) -> Any:
+    def wrapper(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
         try:
             with torch.cuda.device_of(x):
-                return function(x, *rest)
+                return function(x, *rest, **options)
         except OutOfResources as error:
             raise ValueError(f"block_q and block_k must be smaller on this card: {error}") from None
 
