@@ -624,20 +624,26 @@ table(
 # %%
 name = "serving_h100-80gb-hbm3_2026-11-25T221152Z.json"
 earlier = records.load(records.RESULTS / name)
-table(
-    {
-        "engine": peer,
-        "requests a second": "all at once" if rate == math.inf else rate,
-        "tokens a second, here": f"{here:.0f}",
-        "there": f"{there:.0f}",
-        "differ by": f"{abs(here / there - 1):.1%}",
-    }
-    for peer, rate in (("vllm-flash", math.inf), ("vllm-flash", 18.4))
-    + (("vllm-flash-16", math.inf), ("vllm-flash-4", math.inf))
-    for here, there in [
-        [runs_of(x, peer, rate)[0][1]["output_tokens_per_s"] for x in (measured, earlier)]
-    ]
-)
+rows = []
+for peer, rate in (
+    ("vllm-flash", math.inf),
+    ("vllm-flash", 18.4),
+    ("vllm-flash-16", math.inf),
+    ("vllm-flash-4", math.inf),
+):
+    here, there = (
+        runs_of(x, peer, rate)[0][1]["output_tokens_per_s"] for x in (measured, earlier)
+    )
+    rows.append(
+        {
+            "engine": peer,
+            "requests": "all at once" if rate == math.inf else f"{rate} a second",
+            "tokens a second, here": round(here),
+            "there": round(there),
+            "differ by": f"{abs(here / there - 1):.1%}",
+        }
+    )
+table(rows)
 
 # %% [markdown]
 # Within 0.5% for the large batch. A small batch is more at the mercy of the host, and of the machine: there, differences below 10% mean
