@@ -47,6 +47,8 @@ from flashedu.sm import (
 
 WARPGROUP_REGISTERS = 65536 // 128  # of an SM, for each thread of a warpgroup
 PRODUCER_REGISTERS = 24
+OTHER_REGISTERS = 32  # of a thread, beside acc, s and p: assumed
+SYSTEM_BYTES = 1024  # of shared memory, for each program
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,11 @@ class Kernel:
 
     @property
     def sram_bytes(self) -> int:
-        """Of a program: q in its places, k and v in theirs, and o on its way out; 16 bits each."""
-        q, o = self.q_places * self.block_q, self.block_q
+        """Of a program, 16 bits each: q, k and v in their places, and flash3's o on its way out.
+
+        flash2's has the room of k and v, which are done with.
+        """
+        q, o = self.q_places * self.block_q, self.specialised * self.block_q
         return (q + o + 2 * self.stages * self.block_k) * self.D * 2
 
     @property
@@ -107,10 +112,19 @@ class Kernel:
         return min(255, left // self.consumers // 8 * 8)
 
     def fits(self, card: GPU) -> bool:
-        """Whether an SM of the card holds its tiles and its registers (32 for all else)."""
-        room = card.sram_bytes_per_sm // self.programs - 1024  # that much is the system's
+        """Whether an SM of the card holds its tiles and its registers."""
+        room = card.sram_bytes_per_sm // self.programs - SYSTEM_BYTES
         sram = self.sram_bytes <= min(room, card.sram_bytes_per_program)
-        return sram and self.registers_needed + 32 <= self.registers_given
+        return sram and self.registers_needed + OTHER_REGISTERS <= self.registers_given
+
+    def programs_per_sm(self, card: GPU) -> int:
+        """How many run on an SM of the card at a time, where none of its warps is a producer.
+
+        A thread has 255 registers at most, and spills what it needs beyond that.
+        """
+        registers = min(255, self.registers_needed + OTHER_REGISTERS)
+        by_registers = WARPGROUP_REGISTERS // (self.consumers * registers)
+        return min(by_registers, card.sram_bytes_per_sm // (self.sram_bytes + SYSTEM_BYTES))
 
 
 FLASH2 = Kernel(specialised=False)  # with 8 warps and tiles of 128 × 128

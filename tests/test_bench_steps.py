@@ -130,7 +130,9 @@ def test_the_command_records_and_shows_the_steps(capsys, run_on_toy, tmp_path):
     ratios = {r.step.name: r for r in ratios_of(found, D=64, N=64)}
     assert list(ratios) == ["flash2-128", "flash3", "beside", "one-consumer"]
     first = ratios["flash2-128"]
-    assert (first.against.name, first.predicted) == ("flash2", 1)
+    assert first.against.name == "flash2"
+    assert first.predicted == pytest.approx(bars[1].predicted / bars[0].predicted)
+    assert first.predicted != pytest.approx(1, abs=0.05)  # two kernels for the model, too
     assert first.measured == runs["flash2-128"]["times_as_fast_as"]["flash2"][0]
     assert ratios["one-consumer"].measured is None
     assert ratios["one-consumer"].why == runs["one-consumer"]["why"]
@@ -147,6 +149,26 @@ def test_another_card_is_refused_in_a_sentence(capsys, toy, monkeypatch):  # noq
     code, out, err = cli_run(capsys, "steps")
     assert (code, out) == (1, "")
     assert err == "flashedu bench steps: needs a Hopper GPU, got NVIDIA Toy\n"
+
+
+@pytest.mark.parametrize(
+    ("D", "causal", "N", "shape"),
+    [
+        (128, False, 4096, (1, 128, 64, 2, 2)),
+        (128, True, 4096, (1, 64, 64, 3, 2)),
+        (64, False, 4096, (1, 64, 128, 2, 3)),
+        (64, True, 1024, (1, 64, 64, 2, 4)),
+    ],
+)
+def test_the_model_takes_flash2_for_the_kernel_that_is_timed(D, causal, N, shape):
+    p = Problem(Nq=N, D=D, causal=causal, dtype="bfloat16")
+    kernel = steps._model(BY_NAME["flash2"], p, 2)
+    assert (
+        kernel.consumers, kernel.rows, kernel.block_k, kernel.stages, kernel.programs
+    ) == shape  # fmt: skip
+    same = steps._model(BY_NAME["flash2-128"], p, 2)
+    assert (same.D, same.block_q, same.block_k, same.consumers) == (D, 128, 128, 2)
+    assert (same.stages, same.programs, same.specialised) == (2, 1, False)
 
 
 # trials

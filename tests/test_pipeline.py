@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from flashedu import pipeline, sm
+from flashedu.bench import compiled
 from flashedu.memory import Problem, gpu
+from flashedu.notebook import record
 from flashedu.pipeline import FLASH2, FLASH3, Kernel, card_seconds, pieces, simulate, tflops_per_s
 from flashedu.sm import (
     CAUSES,
@@ -252,6 +254,25 @@ def test_what_cannot_fit_says_so():
     assert not Kernel(consumers=3).fits(h100)  # registers
     assert Kernel(D=64, consumers=3).fits(h100)
     assert (Kernel().registers_given, Kernel(consumers=3).registers_given) == (240, 160)
+
+
+def test_an_sm_holds_as_many_programs_of_flash2_as_the_compiler_leaves_room_for():
+    h100, tried = gpu("h100"), 0
+    for found in compiled.from_record(record("compiled_triton3.7.1")):
+        case = found.case
+        if (case.stage, found.kernel, case.capability) != ("flash2", "forward_kernel", (9, 0)):
+            continue
+        if case.dtype != "float16" or case.D not in (64, 128):
+            continue
+        kernel = FLASH2.replace(
+            D=case.D, consumers=1, rows=found.block_q, block_k=found.block_k, stages=found.stages
+        )
+        assert found.warps == 4
+        assert kernel.programs_per_sm(h100) == found.programs_per_sm(h100)
+        assert abs(kernel.sram_bytes - found.sram_bytes) < 2048  # theirs: barriers, and sums
+        assert kernel.replace(programs=1).fits(h100) == (not found.spilled_bytes)
+        tried += 1
+    assert tried == 5
 
 
 # what goes wrong

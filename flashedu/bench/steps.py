@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashedu.bench.record import Record
 from flashedu.bench.run import OnCase, measure, sentence
-from flashedu.memory import Problem
+from flashedu.memory import Problem, gpu
 from flashedu.pipeline import FLASH2, FLASH3, Kernel, tflops_per_s
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FLASH3_MODULE = "flashedu.stages.flash3"
 BENEATH = ("flashedu.stages.hopper",)
 CUDNN = "sdpa-cudnn"
+HOPPER = (9, 0)
 LIMIT_S = 100  # of a step's trial: it compiles up to five kernels
 LAUNCHES = 3  # of a trial, of each size
 
@@ -122,7 +123,7 @@ class Step:
     `changes`: to flash3's source, old words → new ones. `against`: the step that it is measured
     against, or the one before that where that is none; None for the first. `kept`: whether the way
     goes on from here. `D`, `causal`: the sizes where it differs. `kernel`: what the model of
-    chapter 13 takes it for.
+    chapter 13 takes it for; D, flash2's own tiles and flash3's consumers follow from the size.
     """
 
     name: str
@@ -140,15 +141,16 @@ class Step:
         return p.D in self.D and p.causal in self.causal
 
 
+LAST_FIRST = FLASH2.replace(order="longest")
 ROLES = Kernel(stages=1)
 _roles = NOT_PERSISTENT
 STEPS = (
     Step("flash2", "flash2, its own tiles",
          "Every warp loads, multiplies and takes exponentials in turn; the tiles that "
-         "`flashedu bench tune` found.", None, kept=True, kernel=FLASH2),
+         "`flashedu bench tune` found.", None, kept=True, kernel=LAST_FIRST),
     Step("flash2-128", "flash2, 128 × 128",
          "flash2 with flash3's tile: 128 queries, 128 keys, 8 warps, 2 stages.", "flash2",
-         kernel=FLASH2),
+         kernel=LAST_FIRST),
     Step("roles", "producer, consumers",
          "One warp only loads, by TMA, and warpgroups only compute: one place for a tile of k and "
          "of v, as many registers for each, one product at a time.", "flash2",
@@ -156,7 +158,7 @@ STEPS = (
     Step("stages", "two stages",
          "Two places for tiles of k and of v: the next are loaded while these are used.", "roles",
          (*_roles, *EQUAL_REGISTERS, *APART, *IN_ORDER), kept=True, kernel=Kernel()),
-    Step("registers", "registers moved",
+    Step("registers", "registers reallocated",
          "A thread of the producer keeps 24 registers, and the consumers share the rest.",
          "stages", (*_roles, *APART, *IN_ORDER), kept=True, kernel=Kernel()),
     Step("products", "two products at once",
@@ -353,7 +355,7 @@ def waterfall_of(
     bars = []
     for step in plan(p):
         if step.name in runs and (tried or step.kept or step.against != "flash3"):
-            predicted = tflops_per_s(_model(step, D, consumers), p)
+            predicted = tflops_per_s(_model(step, p, consumers), p)
             bars.append(Bar(step.label, predicted, runs[step.name]["tflops"], step.kept))
     return bars
 
@@ -382,7 +384,7 @@ def ratios_of(
         before = against(step, p)
         if step.name not in runs or before is None or (names and step.name not in names):
             continue
-        rates = [tflops_per_s(_model(BY_NAME[x], D, consumers), p) for x in (before, step.name)]
+        rates = [tflops_per_s(_model(BY_NAME[x], p, consumers), p) for x in (before, step.name)]
         run = runs[step.name]
         measured = run["times_as_fast_as"].get(before, [None])[0]
         found.append(Ratio(step, BY_NAME[before], rates[1] / rates[0], measured, run["why"]))
@@ -402,12 +404,27 @@ def _found(
     return p, case["consumers"], {run["peer"]: run for run in case["runs"]}
 
 
-def _model(step: Step, D: int, consumers: int) -> Kernel:
+def _model(step: Step, p: Problem, consumers: int) -> Kernel:
     """What the model takes the step for, where flash3 has so many consumers."""
-    kernel = step.kernel.replace(D=D)
+    kernel = step.kernel.replace(D=p.D)
+    if step.name == "flash2":
+        return _with_own_tiles(kernel, p)
     if not kernel.specialised or step.name.endswith(("-consumer", "-consumers")):
         return kernel
     return kernel.replace(consumers=consumers)
+
+
+def _with_own_tiles(kernel: Kernel, p: Problem) -> Kernel:
+    """flash2 as it is tuned for a Hopper card, with as many programs as an SM holds."""
+    from flashedu.stages.flash2_tiles import tiles_for
+
+    tile = tiles_for(HOPPER, p.D, 2, causal=p.causal, N=p.Nk).forward
+    warpgroups = tile.warps // 4
+    kernel = kernel.replace(
+        consumers=warpgroups, rows=tile.block_q // warpgroups, block_k=tile.block_k,
+        stages=tile.stages,
+    )  # fmt: skip
+    return kernel.replace(programs=kernel.programs_per_sm(gpu("h100")))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flashedu.memory.problem import Problem
-from flashedu.stages import triton_mode
-from flashedu.stages.descriptors import columns
 
 
 class Tile(NamedTuple):
@@ -101,6 +99,9 @@ def tiles_for(
 
 def tiles_for_call(q: Any, problem: Problem, block_q: int | None, block_k: int | None) -> Tiles:
     """The tiles for q's card and this problem, with the caller's sizes, where there are any."""
+    from flashedu.stages import triton_mode  # here: the table is read without Triton, too
+    from flashedu.stages.descriptors import columns
+
     tuned = tiles_for(
         triton_mode.capability(q), columns(problem.D), q.itemsize,
         causal=problem.causal, N=problem.Nk,
