@@ -17,7 +17,7 @@ from flashedu import plots
 from flashedu.bench import compiled
 from flashedu.bench import record as speed_record
 from flashedu.bench.cases import MASKS, PASSES
-from flashedu.bench.steps import BY_NAME, ratios_of, waterfall_of
+from flashedu.bench.steps import ratios_of, waterfall_of
 from flashedu.memory import Problem, cost, gpu
 from flashedu.notebook import record, source, table
 from flashedu.pipeline import FLASH2, FLASH3, Kernel, Program, simulate, tflops_per_s
@@ -51,7 +51,8 @@ h100 = gpu("h100")
 # %% [markdown]
 # ## The problem that the last rung left
 #
-# In chapter 06, `flash2` was compared with NVIDIA's own kernel, cuDNN. From that record, the forward at D = 128, in TFLOP/s:
+# In chapter 06, `flash2` was compared with NVIDIA's own kernel, cuDNN. From that record, the forward at D = 128 and N = 4096,
+# without a mask, on an H200, in TFLOP/s:
 
 # %%
 measured = speed_record.latest("speed", card="H200")
@@ -109,12 +110,15 @@ q_k = 2 * 64 * 128 * 128 / H100.tensor_flops
 exponentials = 64 * 128 / H100.exponentials
 print(f"a product: {q_k:.0f} clocks; its exponentials: {exponentials:.0f} clocks")
 print(f"you said {my_prediction_share:.0%}; it is {exponentials / q_k:.0%}")
+scores = 64 * 128
+others = 2 * scores / H100.float32 + scores / H100.maxima + scores / H100.conversions
+print(f"the softmax: {exponentials + others:.0f} clocks; two products: {2 * q_k:.0f}")
 
 # %% [markdown]
-# As long as the product. An exponential is one operation where the product has 256, but there are 256 times as
-# many units for products. The maximum, the sum, the rounding and the rescaling come on top: the softmax of a tile takes 896
-# clocks, the two products 1024. **If they come one after another, the tensor cores rest for half of the time.** That is what
-# this chapter is about.
+# As long as the product. An exponential is one operation where the product has 256, but there are 256 times as many units for
+# products. The maximum, the sum, the rounding and the rescaling come on top, and then the softmax of a tile takes nearly as
+# long as its two products. **If they come one after another, the tensor cores rest for half of the time.** That is what this
+# chapter is about.
 #
 # ## A model of one SM
 #
@@ -123,7 +127,7 @@ print(f"you said {my_prediction_share:.0%}; it is {exponentials / q_k:.0%}")
 # are all the numbers that the model knows, FLOPs, operations and bytes a clock, and times in seconds:
 
 # %%
-H100
+table({"": name, "H100": f"{value:.4g}"} for name, value in vars(H100).items())
 
 # %% [markdown]
 # The rates are NVIDIA's; the two times at the end, from a copy's order to its first byte and until a program's
@@ -138,12 +142,13 @@ in_turn = FLASH2.replace(consumers=1, asynchronous=False)
 timeline = simulate(in_turn, [4])
 fig = plots.who_waits(
     {"one warpgroup, in turn": timeline},
-    "Four units, and never two at work at the same time",
+    "Memory, products, softmax: never two at the same time",
 )
 
 # %% [markdown]
-# *Figure 2. Time runs to the right. Each unit, and each group of warps, has a row. The numbers are those of key
-# tiles; on the tensor cores, that of the group for which they multiply. Pale: waiting.*
+# *Figure 2. Time runs to the right. Memory, the tensor cores and each group of warps have a row; the exponential
+# units and the CUDA cores are at work during the softmax. Numbers are those of key tiles; on the tensor cores, where there is
+# room, that of the group for which they multiply. Pale: waiting. (With more key tiles than these four, the start weighs less.)*
 #
 # ## Step 1: copies that run by themselves
 #
@@ -160,9 +165,10 @@ fig = plots.tile_copy(
 # %% [markdown]
 # *Figure 3. The descriptor is made once, on the host. What lies beyond the tensor's end comes as zeros.*
 #
-# `flash2` has used descriptors, and so the TMA, since chapter 05. A copy that runs by itself is worth something only if there
-# is a *place* for it: with two places for tiles of k and two for v, the next tile comes while this one is in use. Places of
-# that kind are called **stages**. Predict first: by how much does one warpgroup become faster?
+# Our kernels have used descriptors, and so the TMA, since chapter 05. A copy that runs by itself is worth something only if
+# there is a *place* for it: with two places for tiles of k and two for v, the next tile comes while this one is in use. Places
+# of that kind are called **stages**, as in Triton's `num_stages`. (The stages of our ladder are something else.) Predict first:
+# by how much does one warpgroup become faster?
 
 # %%
 my_prediction_times = 1.5
@@ -208,7 +214,7 @@ table(
 )
 
 # %% [markdown]
-# This is `flash2`, and this is what it lacks: its warps meet at each tile (CUDA calls that `__syncthreads`). The
+# This is `flash2` with 8 warps, and this is what it lacks: they meet at each tile (CUDA calls that `__syncthreads`). The
 # groups are tied to each other and to the loads. To untie them we need a better meeting point.
 #
 # ## A barrier with phases
@@ -240,9 +246,9 @@ table(rows)
 # before the first one. That is handy: at first all places are empty, and nobody has said so. (Figure 6, below, draws phases
 # against time.)
 #
-# A **place** then needs two barriers. `full` opens when the tile has come (the producer says how many bytes to expect, and the
-# barrier counts them as the TMA writes them). `empty` opens when all readers have done with it. Tile t goes to place t mod 2,
-# and every second tile the parity flips.
+# A **place** then needs two barriers. A phase of `full` completes when the tile has come (the producer says how many bytes to
+# expect, and the barrier counts them as the TMA writes them). One of `empty` completes when all readers have done with it. Tile
+# t goes to place t mod 2, and every second tile the parity flips.
 #
 # This is the kernel. It is written in **Gluon**, Triton's lower floor: there the program says which warps do what, where tiles
 # lie, and who waits for whom, all of which Triton decides by itself. `constexpr` marks what is known when it is compiled;
@@ -290,7 +296,8 @@ fig = plots.who_waits(
 )
 
 # %% [markdown]
-# *Figure 5. Two tiles come at once. The third comes when the first is used: the producer waits until its place is empty.*
+# *Figure 5. Two tiles come without waiting for a place. The third comes when the first is used: the producer waits until its
+# place is empty.*
 #
 # And the same run as the four barriers saw it:
 
@@ -325,7 +332,7 @@ except Deadlock as error:
 
 # %% [markdown]
 # On a GPU that is a kernel that never returns, and no message. The other mistake is worse, as nothing stops. This consumer calls
-# its place empty as soon as the tile has come, and multiplies then:
+# its place empty as soon as the tile has come, and only then multiplies:
 
 
 # %%
@@ -361,7 +368,8 @@ fig = plots.one_sm(
 # *Figure 7. Two warpgroups compute, one warp loads. In shared memory: a place for a tile of q, two for k, two for v,
 # and one for o on its way out.*
 #
-# The producer in `flash3`. (`tiles_of_piece` and `_tiles_seen` say which query tiles, and how many key tiles for each: below.)
+# The producer in `flash3`. (`tiles_of_piece`, shown below, says which query tiles it takes, and `_tiles_seen` how many key
+# tiles each sees.)
 
 # %%
 source(flash3._produce.fn)
@@ -422,7 +430,7 @@ fig = plots.register_shares(
 #
 # ### What it is worth
 #
-# Predict first: from 8 warps in turn to a producer and two consumers, same tiles, same places. How many times as fast?
+# Predict first: from 8 warps that meet to a producer and two consumers, same tiles, same places. How many times as fast?
 
 # %%
 my_prediction_times = 1.5
@@ -431,7 +439,7 @@ my_prediction_times = 1.5
 two = simulate(Kernel(), [32])
 print(f"you said {my_prediction_times}; {eight_warps.seconds / two.seconds:.2f} times")
 fig = plots.who_waits(
-    {"8 warps in turn": eight_warps, "a producer, two consumers": two},
+    {"8 warps that meet": eight_warps, "a producer, two consumers": two},
     "Nobody meets: the tensor cores hardly rest",
     start_s=20e-6,
     stop_s=23e-6,
@@ -468,8 +476,9 @@ fig = plots.warpgroup_product(
 source(flash3._consume.fn)
 
 # %% [markdown]
-# p v of this tile and q kᵀ of the next one are started together, and waited for together. So there is one wait a
-# tile and not two, and between the two products there is no gap. In the model, `_product` starts one and `Join` waits:
+# p v of this tile and q kᵀ of the next one are started together, and waited for together. So there is one wait a tile and not
+# two, and between the two products there is no gap. In the model, `_product` starts one and `Join` waits. (`_turn` and
+# `_pass_on` are for ping-pong, below, and do nothing without it.)
 
 # %%
 source(Program.consume)
@@ -610,7 +619,7 @@ fig = plots.who_waits(
 #
 # `flash3` has one place for q. The card did not agree with the model here: see below.
 #
-# With a causal mask a third problem comes back, that of chapter 06: programs are not equally long. A program that stays cannot
+# With a causal mask the problem of chapter 06 comes back, too: programs are not equally long. A program that stays cannot
 # rely on the GPU to start the longest first. So `flash3` makes pieces of equal length: tile x, and tile x from the end.
 
 # %%
@@ -679,22 +688,28 @@ fig = plots.waterfall(
 )
 
 # %% [markdown]
-# *Figures 13 and 14. Of each pair of bars the upper one is what the model predicts, the lower one what was measured.*
+# *Figures 13 and 14. Above, what the model predicts; below, what was measured. A bar begins where the last one ended, the black
+# mark is the new level, and × is against the step before. "Tried" is a side branch: the next step does not begin there.*
 #
-# The long, full case gains most by the second stage (× 1.11) and by registers (× 1.10), then by programs that stay. The short,
-# causal one gains by programs that stay (× 1.19) and by the second stage (× 1.08); registers gain nothing there. Of the steps
-# that the model can tell apart, it names the right one first in both cases. But it says far too much of it: × 1.74 and × 1.47.
+# The long, full case gains most by the second stage (× 1.11) and by registers (× 1.10). Programs that stay come to × 1.05, which
+# may be chance. The short, causal one gains by programs that stay (× 1.19) and by the second stage (× 1.08); registers gain
+# nothing there. Of the steps that the model can tell apart, it names the right one first in both cases. But it says far too much
+# of it: × 1.74 and × 1.47.
 #
 # It is wrong about the first step, too. In the model, a producer with one place for a tile has nothing to run ahead into, and
-# loses a third or a fifth. On the card it loses nothing at N = 4096, and 8% at N = 1024. There a load seems to take less time
-# beside the products than in the model. And `flash2` with `flash3`'s tile of 128 × 128 is a fifth slower than with its own: the
-# model knows one `flash2` only. So a large tile alone is no gain. It becomes one when the warps part.
+# without a mask it loses nearly half (× 0.55). On the card it loses nothing. There a load seems to take less time beside the
+# products than in the model. And `flash2` is predicted too high, as its registers spill (below). Causal, it loses little in
+# both.
+#
+# `flash2` with `flash3`'s tile of 128 × 128 is a fifth slower than with its own, in both cases. The model says the same without
+# a mask (× 0.83), and the opposite with one (× 1.20): there `flash2` has tiles of 64 × 64, and in the model waits for memory. So a
+# large tile alone is no gain. It becomes one when the warps part.
 #
 # The model knows no spills, and has no switch for one product at a time. So it says × 1.00 of reallocated registers and of two
 # products at once. And its level is too high: a card does not run at its data sheet's clock while it multiplies without pause.
 # How much too high? A plain product of two large matrices (8192³), which has no softmax and waits for nothing, reached 705 to
-# 798 TFLOP/s in runs on H200s (November 2026), not 989: such a card comes to its power limit and lowers its clock. At three
-# quarters of the clock:
+# 798 TFLOP/s on H200s, whose SMs are the same (not in these records; November 2026), not 989: such a card comes to its power
+# limit and lowers its clock. At three quarters of the clock, chosen by hand:
 
 # %%
 slower = rates_of(h100, 0.75 * H100.clock_hz)
@@ -754,17 +769,18 @@ print(f"D = 64, two consumers in place of three: model {r.predicted:.2f},", end=
 print(f"measured {r.measured:.2f}" if r.measured else f"not measured: {r.why}")
 
 # %% [markdown]
-# None of them is faster than what `flash3` does. One consumer, one stage, equal registers, smaller tiles of keys, no pairs and a
-# program for each piece lose, the last by 8% at N = 1024. To compute key tiles that a consumer could skip costs nothing here. One
-# product at a time costs 2 to 5%: hardly shown.
+# None of them is faster than what `flash3` does. One consumer, one stage, equal registers and no pairs lose; smaller tiles of
+# keys do at N = 4096, and a program for each piece at N = 1024, by 8%. To compute key tiles that a consumer could skip costs
+# nothing here, and of one product at a time nothing is shown (0.98 and 0.95).
 #
 # Equal registers cost `flash3` 14% at N = 1024, where the step to reallocated ones gained nothing. What a step is worth depends
 # on those that are there already.
 #
-# **Softmax beside p v**, the overlap of FlashAttention-3, does not gain here. It costs 5 to 7%. The model said so, and why: it
-# holds a place of v longer, and two places are all there is room for.
+# **Softmax beside p v**, the overlap of FlashAttention-3, does not gain here: it costs 7% at N = 1024, and 0.95 at N = 4096 is
+# just a tie. The model said that it loses, though too much, and why: it holds a place of v longer, and two places are all there
+# is room for.
 #
-# Three times the model is wrong:
+# Three of the model's misses teach something:
 #
 # - *One stage*: × 0.56 predicted, × 0.83 measured. The model gives an SM a 132nd of the L2 cache's rate, also while the others load
 #   nothing. On the card a load may then be faster.
@@ -772,7 +788,7 @@ print(f"measured {r.measured:.2f}" if r.measured else f"not measured: {r.why}")
 #   and turns of the loop. The model takes no time for the first and the last.
 # - *Two places for q*: the model promises 1 to 4%. On the card nothing is gained with the mask, and 7% is lost without one.
 #
-# And what takes longer there varies more, too. All rounds of a run lie between these times:
+# Two changes vary more from round to round as well. All rounds of a run lie between these times (×: the median ratio):
 
 
 # %%
@@ -783,21 +799,24 @@ def times(name, causal):
 
 
 for name, causal in (("two-q", False), ("apart", True)):
+    (r,) = ratios_of(recorded, D=128, causal=causal, N=16384, names=[name])
     print(f"{MASKS[causal]}, N = 16,384: flash3 {times('flash3', causal)}", end="; ")
-    print(f"with {BY_NAME[name].label} {times(name, causal)}")
+    print(f"with {r.step.label} {times(name, causal)} (× {r.measured:.2f})")
 
 # %% [markdown]
-# Why, we do not know. A change that is right in the model is kept only if a card agrees, and the second place for q was not. One
-# product at a time costs more at this length than in the table.
+# Why, we do not know. A change that is right in the model is kept only if a card agrees, and with the second place for q
+# none did. With the mask, one product at a time costs more at this length than in the table.
 #
 # Ping-pong is not in this run. It was tried in prototypes, in one way, and gained nothing (H200, 2026-11-22).
 #
 # There is much that the model does not know: registers that spill, instructions for masks and loops, and what the compiler makes
-# of it. `flash2` as it was tuned, two programs of 4 warps with tiles of 128 × 64, is an example:
+# of it. The first bar of Figure 13 is an example, `flash2` as it was tuned, with 4 warps and tiles of 128 × 64:
 
 # %%
-tuned = FLASH2.replace(consumers=1, rows=128, block_k=64, programs=2)
-print(f"{predict(4096, False, tuned):.0f} TFLOP/s, if it fits: {tuned.fits(h100)}")
+tuned = FLASH2.replace(consumers=1, rows=128, block_k=64)
+tuned = tuned.replace(programs=tuned.programs_per_sm(h100))
+print(f"{tuned.programs} programs on an SM: {predict(4096, False, tuned):.0f} TFLOP/s")
+print(f"fits: {tuned.fits(h100)}")
 (found,) = (
     found
     for found in compiled.from_record(record("compiled_triton3.7.1"))
@@ -808,7 +827,7 @@ print(f"{predict(4096, False, tuned):.0f} TFLOP/s, if it fits: {tuned.fits(h100)
 print(f"compiled: {found.registers} registers, {found.spilled_bytes} bytes spilled")
 
 # %% [markdown]
-# As far as the model can see, two programs that hide each other's softmax are as good as consumers. But there
+# As far as the model can see, two programs that hide each other's softmax are nearly as good as consumers. But there
 # four warps hold 128 queries, a consumer's hold 64: a thread takes all the 255 registers that it can have, and spills. Registers
 # are what warp specialisation is for, as much as time.
 #
@@ -855,9 +874,9 @@ table(
 # dpᵀ at −delta.
 #
 # The product ds k is the difficulty: every key tile has a share of every dq, and no program owns it. The shares are added up in
-# HBM, in float32. Here the TMA helps again: it does not only copy tiles, it can have them *added* to what lies in memory. The L2
-# cache does the addition, and no thread waits for the sum, only until the TMA has read the tile before. This is how a share is
-# sent off:
+# HBM, in float32. Here the TMA helps again: it does not only copy tiles, it can have them *added* to what lies in memory. The
+# L2 cache does the addition, and no thread waits for the sum, only until the TMA has read the tile before. This is how a share
+# is sent off (`fence_async_shared` lets the TMA see what the threads have written):
 
 # %%
 source(flash3_backward._add.fn)
@@ -879,10 +898,10 @@ table(
 )
 
 # %% [markdown]
-# As many bytes, in the other direction, and five sevenths of the arithmetic. (dq is set to 0 before, and rounded
-# after: 5 MiB more.) That alone would not do. In plain Triton, whose atomic additions leave from registers and are waited for,
-# one kernel reached 342 TFLOP/s and two reached 445. In Gluon, with a producer and the TMA's additions, one kernel reached 540
-# (prototypes, H200, 2026-11-22).
+# As many bytes, half of them outward, and five sevenths of the arithmetic. (dq is set to 0 before, and rounded after: 5 MiB
+# more.) That alone would not do. In plain Triton, whose atomic additions leave from registers and are waited for, one kernel
+# reached 342 TFLOP/s and two reached 445. In Gluon, with a producer and the TMA's additions, one kernel reached 540
+# (prototypes, D = 128, N = 16,384, no mask, H200, 2026-11-22).
 #
 # There is a price that is not speed. Programs end in any order, and so the shares of dq are added in any order. Chapter 09:
 # another order, other last bits. Here are the shares of eight key tiles, added from the first and from the last. Predict: how
@@ -918,9 +937,9 @@ print(apart < right.budget["dq"] / 10**4)
 # rounded to another one. What it costs is *reproducibility*: two runs of one training may part. dk and dv have an owner still,
 # and are the same in every run.
 #
-# Who needs dq to the bit says `flash3.attention(…, deterministic=True)`, or `torch.use_deterministic_algorithms(True)`. Then
-# nothing is added in HBM, and dq comes from a kernel of its own: seven products again. Predict first: how many times as long does
-# the backward then take, at D = 128, N = 16,384, without a mask?
+# For the same dq, bit for bit, in every run, call `flash3.attention(…, deterministic=True)`, or
+# `torch.use_deterministic_algorithms(True)`. Then nothing is added in HBM, and dq comes from a kernel of its own: seven
+# products again. Predict first: how many times as long does the backward then take, at D = 128, N = 16,384, without a mask?
 
 # %%
 my_prediction_times = 7 / 5
@@ -956,12 +975,13 @@ table(rows_beside("flash3-det", passes=["bwd"]))
 # `flash3`, forward and backward, beside `flash2` and the kernels that others have written. From the same recorded run:
 
 # %%
-title = "At D = 128 flash3 is level with cuDNN or ahead; FA4 leads the backward"
+title = "At D = 128 flash3 keeps up with cuDNN; FA4 leads the backward"
 fig = plots.speed(measured, 128, title)
 
 # %% [markdown]
-# *Figure 15. TFLOP/s; higher is better. FA4 is FlashAttention-4, "det." is deterministic. Before it was timed, each result
-# was held against float64. (Some rounds of the backward at N = 1024 were disturbed: the long bars.)*
+# *Figure 15. TFLOP/s; higher is better. FA4 is FlashAttention-4, SDPA flash PyTorch's FlashAttention-2, "det." is
+# deterministic. Before it was timed, each result was held against float64. (Some rounds of the backward at N = 1024 were
+# disturbed: the long bars.)*
 #
 # How many times as fast as `flash2` is it, and as cuDNN? Predict for a forward without a mask, D = 128, N = 16,384:
 
@@ -972,16 +992,17 @@ my_prediction_flash2, my_prediction_cudnn = 1.5, 0.9
 (case,) = measured.cases("speed", D=128, N=16384, causal=False, **{"pass": "fwd"})
 print(f"flash2: you said {my_prediction_flash2}; {beside(case, 'flash2')}")
 print(f"cuDNN: you said {my_prediction_cudnn}; {beside(case, 'sdpa-cudnn')}")
+print("flash3 is … times as fast as flash2:")
 table(rows_beside("flash2"))
 
 # %% [markdown]
-# As cuDNN:
+# `flash3` is … times as fast as cuDNN:
 
 # %%
 table(rows_beside("sdpa-cudnn"))
 
 # %% [markdown]
-# And as FlashAttention-4, where it was installed:
+# And … times as fast as FlashAttention-4, where it was installed:
 
 # %%
 peers = {run["peer"] for case in measured.cases("speed") for run in case["runs"]}
@@ -1000,14 +1021,16 @@ print(f"{len(held)} of flash3's results; largest share of the budget: {max(held)
 # %% [markdown]
 # Ratios within 5% of 1 are ties.
 #
-# - `flash2`: the forward is 22 to 34% faster than it at D = 128, and 4 to 18% at D = 64; the backward 10 to 30%, and 11 to 16%.
-# - cuDNN, forward: level at D = 128, and 10% ahead with the causal mask from N = 4096 on. At D = 64 it is 6 to 17% ahead from N =
-#   4096 on; at N = 1024 it is 0.95 and 0.96 of it, as far behind as a tie may be.
-# - cuDNN, backward: level, and 12% ahead once, at D = 64, causal, N = 1024. At N = 16,384 without a mask it is at that edge, too:
-#   0.95.
-# - FlashAttention-4, forward: level from N = 4096 on, but 7% behind at D = 64, causal, N = 16,384. At N = 1024 level or ahead, by
-#   up to 22%.
-# - FlashAttention-4, backward: behind at every size, by 7 to 17% at D = 128 and by 12 to 23% at D = 64. That is what is still slow.
+# - Beside `flash2`, `flash3`'s forward is 22 to 34% faster at D = 128, and up to 18% at D = 64; its backward 10 to 30%, and 11 to
+#   16%.
+# - Beside cuDNN, its forward is level at D = 128, and 10% ahead with the causal mask from N = 4096 on. At D = 64 it is 6 to 17%
+#   ahead from N = 4096 on; at N = 1024 it is 0.95 and 0.96 of it, as far behind as a tie may be.
+# - Beside cuDNN, its backward is level, and 12% ahead once, at D = 64, causal, N = 1024. At N = 16,384 without a mask it is at
+#   that edge, too: 0.95.
+# - Beside FlashAttention-4, its forward is level from N = 4096 on, but 7% behind at D = 64, causal, N = 16,384. At N = 1024 it is
+#   level or ahead, by up to 22%.
+# - Beside FlashAttention-4, its backward is behind at every size, by 7 to 17% at D = 128 and by 12 to 23% at D = 64. That is what
+#   is still slow.
 #
 # ## Takeaway
 #
@@ -1046,8 +1069,8 @@ print(f"{len(held)} of flash3's results; largest share of the budget: {max(held)
 # <details><summary>Answer</summary>
 #
 # It must wait until the tile has come, and then call its place empty. Its `empty` barrier counts the arrivals of *all*
-# consumers: without this one it never opens, and the producer waits for ever. If it arrived without waiting, it could be a
-# phase ahead, and open the barrier for a tile that the other consumer has not read.
+# consumers: without this one its phase never completes, and the producer waits for ever. If it arrived without waiting, it
+# could be a phase ahead, and call the place empty for a tile that the other consumer has not read.
 # </details>
 #
 # **4.** Which is worth more at N = 16,384: a copy that takes half as long to begin, or a program that starts at once? And at N = 1024?

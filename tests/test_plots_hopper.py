@@ -87,7 +87,7 @@ def test_phases_begin_when_the_barrier_opened_and_parities_take_turns():
 
 def test_registers_are_to_scale_and_what_tiles_need_is_marked():
     shares = [Share("producer", 24), Share("consumer", 240, 160)]
-    (ax,) = plots.register_shares({"moved": shares}, 65536, "title").axes
+    (ax,) = plots.register_shares({"reallocated": shares}, 65536, "title").axes
     widths = [p.get_width() * 1024 / 128 for p in ax.patches]
     assert widths == [0, 24, 160, 80]
     assert [t.get_text() for t in ax.texts] == ["24", "consumer: 240 a thread"]

@@ -253,7 +253,7 @@ def splits() -> Figure:
 
 @example
 def who_waits() -> Figure:
-    kernels = {"flash2, 8 warps in turn": FLASH2, "a producer, two consumers": Kernel()}
+    kernels = {"flash2, 8 warps that meet": FLASH2, "a producer, two consumers": Kernel()}
     return plots.who_waits(
         {label: simulate(kernel, [8]) for label, kernel in kernels.items()},
         "A key tile after another, on one SM", start_s=3e-6, stop_s=9e-6,
@@ -503,7 +503,7 @@ def phases() -> Figure:
 @example
 def register_shares() -> Figure:
     splits = {}
-    for label, producer, consumer in (("equal shares", 168, 168), ("moved", 24, 240)):
+    for label, producer, consumer in (("equal shares", 168, 168), ("reallocated", 24, 240)):
         shares = [Share(f"consumer {c}", consumer, 160) for c in (1, 2)]
         splits[label] = [Share("producer", producer), *shares]
     return plots.register_shares(splits, 65536, "A producer needs few registers")

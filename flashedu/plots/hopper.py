@@ -259,7 +259,7 @@ class Share(NamedTuple):
 
 
 def register_shares(splits: Mapping[str, Sequence[Share]], total: int, title: str) -> Figure:
-    """Stacked bars: the registers of an SM by group of warps, and what the tiles of each need.
+    """Stacked bars: the registers of an SM, a bracket a group of warps, and what its tiles need.
 
     `splits`: label → its groups. `total`: registers of the SM. Raises ValueError for more.
     """
@@ -267,7 +267,7 @@ def register_shares(splits: Mapping[str, Sequence[Share]], total: int, title: st
         if (used := sum(s.registers * s.threads for s in shares)) > total:
             raise ValueError(f"splits must have at most {total} registers, got {used} for {label}")
     with styled() as look:
-        fig, ax = plt.subplots(figsize=(8, 1.7 + 0.62 * len(splits)))
+        fig, ax = plt.subplots(figsize=(8, 1.7 + 0.75 * len(splits)))
         for row, shares in enumerate(splits.values()):
             left = 0
             for share in shares:
@@ -276,23 +276,23 @@ def register_shares(splits: Mapping[str, Sequence[Share]], total: int, title: st
                 for registers, colour in (
                     (tiles, look.sram), (share.registers - tiles, look.tints[0])
                 ):  # fmt: skip
-                    ax.barh(row, registers * share.threads / 1024, left=at / 1024, height=0.6,
+                    ax.barh(row, registers * share.threads / 1024, left=at / 1024, height=0.5,
                             color=colour, edgecolor=look.paper, linewidth=0.8)  # fmt: skip
                     at += registers * share.threads
-                colour = look.sram if tiles else look.tints[0]
                 wide = share.registers * share.threads / total > 0.1
                 text = (
                     f"{share.group}: {share.registers} a thread" if wide else f"{share.registers}"
                 )
-                middle = left + (tiles or share.registers) * share.threads / 2
-                ax.text(middle / 1024, row, text, ha="center", va="center", fontsize=9.5,
-                        color=look.text_on(colour))  # fmt: skip
+                ends = (left / 1024 + 0.2, at / 1024 - 0.2)
+                ax.plot([ends[0], *ends, ends[1]], [row - y for y in (0.32, 0.37, 0.37, 0.32)],
+                        color=look.ink, linewidth=0.9)  # fmt: skip
+                ax.text(sum(ends) / 2, row - 0.41, text, ha="center", va="bottom", fontsize=9.5)
                 left += share.registers * share.threads
         ax.axvline(total / 1024, color=look.ink, linewidth=1.2, linestyle="--")
         ax.set_yticks(range(len(splits)), list(splits))
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
-        ax.set_ylim(len(splits) - 0.5, -0.5)
+        ax.set_ylim(len(splits) - 0.6, -0.8)
         ax.set_xlim(0, 1.02 * total / 1024)
         ax.set_xlabel("registers, in units of 1024 (dashed: all that an SM has)")
         fig.legend(

@@ -181,7 +181,7 @@ def waterfall(steps: Sequence[Step], title: str, unit: str = "TFLOP/s") -> Figur
                 end = max(before or 0.0, value)
                 ax.text(end + 0.012 * widest, at, f"{value:.0f}{change}", va="center",
                         fontsize=9.5, bbox={"facecolor": look.paper, "edgecolor": "none",
-                                            "pad": 0.5})  # fmt: skip
+                                            "pad": 1.5})  # fmt: skip
                 if step.kept or before is None:
                     before, came = value, at
         labels = [step.label if step.kept else f"tried: {step.label}" for step in steps]
