@@ -112,7 +112,7 @@ class Barrier:
 class Places:
     """Room on chip for `count` tiles, and two barriers for each place.
 
-    `full` opens when the tile has come, `empty` when all `readers` have done with it.
+    `full` completes when the tile has come, `empty` when all `readers` have done with it.
     """
 
     def __init__(self, name: str, count: int, readers: int, n_bytes: int) -> None:
@@ -140,7 +140,7 @@ class Arrive(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Have tile t of `places` brought to its place, asynchronously: its `full` then opens."""
+    """Have tile t of `places` brought to its place, asynchronously: its `full` then completes."""
 
     places: Places
     t: int

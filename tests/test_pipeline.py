@@ -433,7 +433,7 @@ ONE_128 = Kernel(consumers=1, rows=128)
 PAIRS = Kernel(order="pairs")
 TWO_Q = FLASH3.replace(q_places=2)
 MEASURED = {
-    "8 warps in turn → producer and 2 consumers (H200)":
+    "8 warps that meet → producer and 2 consumers (H200)":
         (FLASH2, Kernel(), problem(16384), 481, 646),
     "1 consumer of 128 rows, overlapped → 2 of 64 (H100)":
         (ONE_128.replace(overlap=True), Kernel(), problem(16384), 480, 679),
