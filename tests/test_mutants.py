@@ -47,7 +47,8 @@ def stage_with(
     name: str, changes: tuple[tuple[str, str], ...] = (), device: str = "cpu", where: str = ""
 ) -> Subject:
     """The stage with its source changed, or that of the module `where` beneath it."""
-    beneath = (f"flashedu.stages.{where}",) if where else ()
+    above = ("flash3_backward",) if where == "flash3_dq" else ()  # which imports it
+    beneath = tuple(f"flashedu.stages.{module}" for module in (*above, where) if module)
     return Subject.of(rung(name), mutated(f"flashedu.stages.{name}", changes, beneath), device)
 
 
@@ -528,25 +529,30 @@ MUTANTS = [
              "    if False:\n        DQ_SUM.store"),
             ("dk is not scaled", GRADIENTS, "_store(scale * dk_j,", "_store(dk_j,"),
             ("dq is not scaled", GRADIENTS, "scale * DQ_SUM.load", "DQ_SUM.load"),
-            ("dq alone is not scaled", GRADIENTS, "(scale * dq_i).to(dtype)", "dq_i.to(dtype)"),
             ("dq of one key tile, not of all", MANY_TILES,
              "    add_tile(X, at, place)", "    store_tile(X, at, place)"),
             ("the mask is off by one: a key too few", GRADIENTS,
              "cols[:, None] <= rows[None, :]", "cols[:, None] < rows[None, :]"),
-            ("the mask of dq alone is off by one: a key too few", GRADIENTS,
-             "cols[None, :] <= rows[:, None]", "cols[None, :] < rows[:, None]"),
             ("only the first query tile is masked", MANY_TILES,
              "gl.maximum(0, gl.cdiv(j + BLOCK_K - 1 - (Nk - Nq), BLOCK_Q) - first)", "1"),
             ("the wrong heads of a group", GRADIENTS,
              "h, head = h_kv * GROUP + g,", "h, head = g * H_kv + h_kv,"),
-            ("the wrong key head for dq alone", GRADIENTS,
-             "fill(K, b, h // group, j,", "fill(K, b, h % (H // group), j,"),
             ("dp of the first query tile from do and k", GRADIENTS,
              "_scores(v_j, do_places, dp_start, do_full, t,",
              "_scores(k_j, do_places, dp_start, do_full, t,"),
             ("dp of the others from do and k", MANY_TILES,
              "_scores(v_j, do_places, dp_start, do_full, t + 1,",
              "_scores(k_j, do_places, dp_start, do_full, t + 1,"),
+        )
+    ),
+    *(
+        Mutant("flash3", mistake, GRADIENTS, old, new, where="flash3_dq")
+        for mistake, old, new in (
+            ("dq alone is not scaled", "(scale * dq_i).to(dtype)", "dq_i.to(dtype)"),
+            ("the mask of dq alone is off by one: a key too few",
+             "cols[None, :] <= rows[:, None]", "cols[None, :] < rows[:, None]"),
+            ("the wrong key head for dq alone",
+             "fill(K, b, h // group, j,", "fill(K, b, h % (H // group), j,"),
         )
     ),
     Mutant("naive", "S read once more", COUNTED, "s = S.load()", "s = S.load(); S.load()"),

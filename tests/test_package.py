@@ -23,8 +23,8 @@ PACKAGE = Path(flashedu.__file__).parent
 STAGES = PACKAGE / "stages"
 NOT_RUNGS = {
     "__init__", "contract", "decode_tiles", "descriptors", "dispatch", "flash2_tiles",
-    "flash3_backward", "gluon_names", "hopper", "interpreter", "paged", "paged_varlen", "reference",
-    "runs", "triton_mode",
+    "flash3_backward", "flash3_dq", "gluon_names", "hopper", "interpreter", "paged",
+    "paged_varlen", "reference", "runs", "triton_mode",
 }  # fmt: skip
 BUILT_ON = {"varlen": {"flash2"}}  # beside the ladder: what it takes over as it is
 MAY_USE_THE_ORACLE = ("testing.py", "exercises/", "ladder.py")

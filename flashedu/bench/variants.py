@@ -44,7 +44,8 @@ def mutated(name: str, changes: Changes, beneath: Sequence[str] = ()) -> ModuleT
         return _loaded(name, texts[name])
     importlib.import_module(name)  # and what it imports: what is loaded below is forgotten again
     with mock.patch.dict(sys.modules):
-        sys.modules.update({module: _loaded(module, texts[module]) for module in beneath})
+        for module in reversed(beneath):  # the lowest first: those above import it
+            sys.modules[module] = _loaded(module, texts[module])
         return _loaded(name, texts[name])
 
 

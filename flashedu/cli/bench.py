@@ -53,6 +53,7 @@ _CAUSAL = typer.Option("--causal", help="With the causal mask only.")
 _FULL = typer.Option("--full", help="Without a mask only.")
 _OUT = typer.Option("--out", help="The record's file, a new one.", metavar="FILE")
 _COMMIT = typer.Option("--commit", help="The commit to record, where there is no git.")
+_QUICK = typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
 
 
 @bench.callback(invoke_without_command=True)
@@ -76,9 +77,7 @@ def _bench(
     ] = None,
     out: Annotated[str | None, _OUT] = None,
     commit: Annotated[str | None, _COMMIT] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
-    ] = False,
+    quick: Annotated[bool, _QUICK] = False,
 ) -> None:
     """Time the kernels on a GPU beside PyTorch's, and record it; show what was recorded.
 
@@ -148,9 +147,7 @@ def steps(
     rounds: Annotated[int, _ROUNDS] = 10,
     out: Annotated[str | None, _OUT] = None,
     commit: Annotated[str | None, _COMMIT] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes, 3 rounds: does it still run?")
-    ] = False,
+    quick: Annotated[bool, _QUICK] = False,
 ) -> None:
     """Time the steps from flash2 to flash3 on a Hopper GPU, and what was tried, and record it.
 

@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from flashedu.stages import triton_mode
 from flashedu.stages.descriptors import addressable
 from flashedu.stages.gluon_names import load_tile
 
@@ -80,6 +81,12 @@ def pieces_of(N, block, heads, pairs):
     """How many pieces of work there are: see `tiles_of_piece`."""
     tiles = triton.cdiv(N, block)
     return heads * (triton.cdiv(tiles, 2) if pairs else tiles)
+
+
+def shared_out(x, N, block, heads, pairs):
+    """Pieces of work, and the programs that share them out: at most one for each SM."""
+    pieces = pieces_of(N, block, heads, pairs)
+    return pieces, min(pieces, triton_mode.sm_count(x.device))
 
 
 def tiles_of(x, rows):
