@@ -55,7 +55,7 @@ LN2 = gl.constexpr(math.log(2))
 LOG2E = gl.constexpr(1 / math.log(2))
 
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma takes
-BLOCK_K = gl.constexpr(128)  # keys of a tile; with 64, 13% slower (D 128, N 16384)
+BLOCK_K = gl.constexpr(128)  # keys of a tile; with 64, 14 to 19% slower (D 128, N 16384)
 STAGES = gl.constexpr(2)  # tiles of k, and of v, on chip: no more fit at D 128
 Q_TILES = gl.constexpr(1)  # on chip. With the next one too, 6% slower (D 128, N 16384)
 PRODUCER_REGISTERS = gl.constexpr(24)  # of a thread: the fewest there can be
@@ -67,9 +67,9 @@ def consumers_for(columns, causal, N):
     """Consumers of a program: the more there are, the more a key tile serves.
 
     At D 128 acc_i and s_ij take 64 registers each of a consumer's thread, p_ij 32:
-    there are enough for two. At D 64 three are 5 to 13% faster than two at N 4096 and
-    16384; causal at N 1024 two are, by 35%: 192 queries are too coarse a tile (H100,
-    torch 2.11, triton 3.6, 2026-11-25; the kernel has been made simpler since).
+    there are enough for two. At D 64 three are 4 to 17% faster than two at N 4096 and
+    16384; causal at N 1024 two are, by 28%: 192 queries are too coarse a tile (H100,
+    torch 2.11, triton 3.6, `flashedu bench steps`, 2026-11-25).
     """
     return 2 if columns == 128 or (causal and N <= 2048) else 3
 
